@@ -1,0 +1,42 @@
+"""Which backend runs a call: the first that supports it, or exactly the one asked for by name."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+AUTO = "auto"
+
+
+class BackendUnavailable(RuntimeError):
+    """No backend, or not the one asked for by name, can run a call; the message lists every reason."""
+
+
+class Backend(NamedTuple):
+    """One implementation of an operator, declared as plain functions.
+
+    `why_not(problem)` is pure and needs no GPU: it returns the reason the backend cannot run
+    `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
+    """
+
+    name: str
+    why_not: Callable[[Any], str | None]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> Backend:
+    """Return the backend that runs `problem`.
+
+    `requested="auto"` takes the first of `backends` whose `why_not` is None. A backend asked for
+    by name never falls back.
+
+    Raises:
+        BackendUnavailable: listing the reason of every backend that was considered.
+    """
+    reasons = []
+    for backend in backends:
+        if requested in (AUTO, backend.name):
+            reason = backend.why_not(problem)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+    raise BackendUnavailable(f"no backend for {problem}: " + "; ".join(reasons))

@@ -1,0 +1,231 @@
+"""The public function, its autograd.Function, the operator schemas and the choice of backend."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import AUTO, select
+from lora_kernels.ops.lora_linear import cuda, reference, triton
+from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.validate import seed_tensor, validate
+
+BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+_ops = torch.ops.lora_kernels
+_NAMES = (AUTO, *(backend.name for backend in BACKENDS))
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """Apply a frozen linear layer and its LoRA adapter in one operator.
+
+    `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)`, with gradients for x, A and B.
+
+    Args:
+        x: (..., K); bf16, fp16, fp32 or fp64, any strides.
+        weight: (N, K), frozen, in x's dtype.
+        lora_a: (R, K), in x's dtype or fp32, R >= 1.
+        lora_b: (N, R), in lora_a's dtype.
+        scaling: s, a number; alpha/R for LoRA, alpha/√R for rsLoRA.
+        bias: (N,), frozen, in x's dtype, or None.
+        dropout_p: probability in [0, 1) of dropping an element of the adapter's input; survivors
+            are scaled by 1/(1-p). The frozen path never drops.
+        seed: which mask, for dropout_p > 0: an int in [0, 2⁶³), an int64 tensor of one element
+            on x's device or the CPU, or None to draw one from torch's generator. The same seed
+            and p give the same mask on every backend and device.
+        backend: "auto", "cuda", "triton" or "reference"; only "auto" ever falls back.
+
+    Returns:
+        y: (..., N), in x's dtype. Under autocast x, weight and bias are first converted to the
+        autocast dtype, and y has that dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: wrong shape, device, probability, seed or backend name, or a frozen tensor
+            that requires grad.
+        BackendUnavailable: no backend, or not the one asked for, can run this call.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
+    are derived in the README.md beside this file.
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = map(_autocast, (x, weight, bias))
+    validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, _NAMES)
+    seed = seed_tensor(seed, x) if dropout_p > 0 else None
+    arguments = (x, weight, lora_a, lora_b, bias, float(scaling), float(dropout_p), seed, backend)
+    needs_grad = x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+    if needs_grad and torch.is_grad_enabled():
+        return _LoRALinear.apply(*arguments)
+    return _forward(*arguments)[0]
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        y, p = _forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+        _, _, need_da, need_db, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_da else None, weight, lora_a, lora_b, p if need_db else None, seed
+        )
+        ctx.x_shape = x.shape
+        ctx.call = (scaling, dropout_p, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
+        scaling, dropout_p, backend = ctx.call
+        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        # With create_graph=True the gradients must not pass for constants.
+        run = _NotTwiceDifferentiable.apply if torch.is_grad_enabled() else _backward
+        dx, da, db = run(
+            _flatten(dy), None if x is None else _flatten(x), weight, lora_a, lora_b, p,
+            scaling, dropout_p, seed, need_dx, backend,
+        )  # fmt: skip
+        return (
+            dx.view(ctx.x_shape) if need_dx else None,
+            None,
+            da if need_da else None,
+            db if need_db else None,
+            *(None,) * 5,
+        )
+
+
+class _NotTwiceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return _backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:  # type: ignore[override]
+        raise RuntimeError("lora_linear: double backward is not supported")
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    traced = _is_traced(*arguments[:5])
+    return (_ops.lora_linear_backward.default if traced else _backward_impl)(*arguments)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
+    scaling: float, dropout_p: float, seed: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    traced = _is_traced(x, weight, lora_a, lora_b)
+    y, p = (_ops.lora_linear.default if traced else _forward_impl)(
+        _flatten(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend
+    )
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])), p
+
+
+def _is_traced(*tensors: Tensor | None) -> bool:
+    """Whether something looks at operators: torch.compile, a dispatch mode or a tensor subclass.
+
+    If nothing does, the dispatcher is skipped, which spares about 10 µs a call (README.md).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(t) not in _PLAIN_TYPES for t in tensors)
+    )
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """View (..., K) as [M,K]; copies only where the leading strides cannot be merged."""
+    if x.dim() == 2:
+        return x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+# --- The operator boundary: one schema per direction, the same for every backend -----------------
+# Outputs that are not needed are empty tensors, so that the arity is fixed.
+
+torch.library.define(
+    "lora_kernels::lora_linear",
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor y, Tensor p)",
+)
+torch.library.define(
+    "lora_kernels::lora_linear_backward",
+    "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? p, float scaling,"
+    " float dropout_p, Tensor? seed, bool need_dx, str backend) -> (Tensor dx, Tensor da, Tensor db)",
+)
+
+
+def _forward_impl(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    problem = Problem.of(x.shape[0], weight, lora_a, bias, dropout_p)
+    chosen = select(BACKENDS, problem, backend)
+    with _no_autocast(x):
+        return chosen.forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+
+
+def _backward_impl(  # type: ignore[no-untyped-def]
+    dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx, backend
+):
+    problem = Problem.of(dy.shape[0], weight, lora_a, None, dropout_p)
+    chosen = select(BACKENDS, problem, backend)
+    with _no_autocast(dy):
+        gradients = chosen.backward(
+            dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx
+        )
+    return tuple(dy.new_empty(0) if g is None else g for g in gradients)
+
+
+torch.library.impl("lora_kernels::lora_linear", "default", _forward_impl)
+torch.library.impl("lora_kernels::lora_linear_backward", "default", _backward_impl)
+
+
+@torch.library.register_fake("lora_kernels::lora_linear")
+def _forward_fake(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    m = x.shape[0]
+    return x.new_empty(m, weight.shape[0]), lora_a.new_empty(m, lora_a.shape[0])
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_backward")
+def _backward_fake(  # type: ignore[no-untyped-def]
+    dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx, backend
+):
+    return (
+        dy.new_empty(dy.shape[0], weight.shape[1]) if need_dx else dy.new_empty(0),
+        dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),
+        dy.new_empty(0) if p is None else lora_b.new_empty(lora_b.shape),
+    )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _autocast(tensor: Any) -> Any:
+    """Convert to the autocast dtype what torch itself would: floating tensors, except float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

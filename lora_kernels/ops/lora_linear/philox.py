@@ -1,0 +1,73 @@
+"""The dropout mask as a pure function of (seed, row, column): nothing is stored, any tiling agrees.
+
+Element (m, k) of x[M,K] is kept when its random word is at least `threshold(p)`. The word is number
+`k mod 4` of Philox 4x32-10 at counter `(k div 4, m mod 2³², m div 2³², 0)` under the 64-bit key
+`seed` (low word first). Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC'11. Every backend implements this definition, bit for bit.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """Return the 32-bit word below which an element is dropped: `round(p·2³²)`, below 2³²."""
+    return min(round(p * 2**32), LOW)
+
+
+def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
+    """Return the four random words of each counter.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, broadcast against one another.
+        seed: int64, one element; its two 32-bit halves are the key.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each word in [0, 2³²).
+    """
+    c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))
+    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
+    # On the CPU the key becomes Python numbers; on a GPU that would wait for the device.
+    key = seed.item() if seed.device.type == "cpu" else seed
+    key0, key1 = key & LOW, (key >> 32) & LOW
+    # The rounds run in place over six buffers: this loop is bound by memory traffic. A word that is
+    # only ever xored keeps garbage in its upper half until the closing `& LOW`.
+    for i in range(ROUNDS):
+        round_key0, round_key1 = key0 + i * WEYL[0] & LOW, key1 + i * WEYL[1] & LOW
+        torch.mul(c0, MULTIPLIERS[0], out=product0)
+        torch.mul(c2, MULTIPLIERS[1], out=product1)
+        torch.bitwise_right_shift(product1, 32, out=c0)
+        c0.bitwise_xor_(c1).bitwise_xor_(round_key0).bitwise_and_(LOW)
+        torch.bitwise_right_shift(product0, 32, out=c2)
+        c2.bitwise_xor_(c3).bitwise_xor_(round_key1).bitwise_and_(LOW)
+        c1, product1, c3, product0 = product1, c1, product0, c3
+    return [c0, c1.bitwise_and_(LOW), c2, c3.bitwise_and_(LOW)]
+
+
+def keep_mask(
+    seed: Tensor, p: float, rows: range, columns: range, device: torch.device | None = None
+) -> Tensor:
+    """Return which elements of a tile of x survive dropout, as bool[len(rows), len(columns)].
+
+    `keep[m, k] = word(m, k) >= round(p·2³²)`; survivors are scaled by `1 / (1 - p)` by the caller.
+
+    Args:
+        seed: int64, one element, on `device` or on the CPU.
+        p: probability of dropping an element, in [0, 1).
+        rows, columns: the tile, as ranges of step 1 over M and K.
+        device: where the mask is made; the seed's device by default.
+    """
+    device = seed.device if device is None else device
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    group = torch.arange(columns.start // 4, -(-columns.stop // 4), device=device)[None, :]
+    words = philox4x32((group, row & LOW, row >> 32, torch.zeros_like(row)), seed)
+    keep = torch.empty(*words[0].shape, 4, dtype=torch.bool, device=device)
+    for j, word in enumerate(words):
+        torch.ge(word, threshold(p), out=keep[..., j])
+    skip = columns.start % 4
+    return keep.flatten(1)[:, skip : skip + len(columns)]

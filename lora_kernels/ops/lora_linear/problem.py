@@ -1,0 +1,72 @@
+"""The plain facts of one `lora_linear` call: what dispatch, tuning and benchmarks decide on."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """Sizes, dtypes and device of one call; buildable without a GPU.
+
+    M tokens, N out-features, K in-features, R rank. `dtype` is the storage of x, W, bias, y, dy
+    and dx; `adapter_dtype` that of A, B, P, da and db. `arch` is the CUDA compute capability
+    times ten (90 on an H100), None off CUDA.
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+    arch: int | None = None
+    bias: bool = False
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        where = self.device if self.arch is None else f"{self.device} sm_{self.arch}"
+        dtypes = f"{self.dtype}, adapters {self.adapter_dtype}".replace("torch.", "")
+        return f"lora_linear M={self.m} N={self.n} K={self.k} R={self.r} ({dtypes}, {where})"
+
+    @classmethod
+    def of(
+        cls, m: int, weight: Tensor, lora_a: Tensor, bias: Tensor | None, dropout_p: float
+    ) -> "Problem":
+        """Describe a call on m tokens."""
+        n, k = weight.shape
+        return cls(
+            m,
+            n,
+            k,
+            lora_a.shape[0],
+            weight.dtype,
+            lora_a.dtype,
+            weight.device.type,
+            _arch(weight.device) if weight.is_cuda else None,
+            bias is not None,
+            dropout_p > 0,
+        )
+
+    def flops(self, *, backward: bool = False) -> int:
+        """Floating-point operations: `2·M·K·N` plus the low-rank path, gradients da and db included."""
+        m, n, k, r = self.m, self.n, self.k, self.r
+        low_rank = 2 * m * r * (k + n)
+        return 2 * m * n * k + (2 * low_rank if backward else low_rank)
+
+    def bytes(self, *, backward: bool = False) -> int:
+        """Fewest bytes moved through device memory: every input read once, every output written once."""
+        m, n, k, r = self.m, self.n, self.k, self.r
+        base = (m * k + n * k + m * n + (n if self.bias and not backward else 0)) * self.dtype.itemsize
+        adapters = (r * (k + n) + m * r) * self.adapter_dtype.itemsize
+        if backward:  # x is read beside dy, dx is written, and da, db mirror A, B
+            return base + m * k * self.dtype.itemsize + adapters + r * (k + n) * self.adapter_dtype.itemsize
+        return base + adapters
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

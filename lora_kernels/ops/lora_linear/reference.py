@@ -1,0 +1,165 @@
+"""The fallback backend, as fast as plain PyTorch gets, and the oracle that judges every backend.
+
+Works on every device and floating dtype. The low-rank path is computed in the adapters' dtype, so
+fp32 adapters beside a bf16 base get fp32-accurate gradients. Where that or dropout would need a
+converted or masked copy of x or dy, the copy is made one cache-sized block at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.philox import keep_mask
+from lora_kernels.ops.lora_linear.problem import Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    """Return None: the reference takes every valid problem."""
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ`.
+
+    x[M,K], weight[N,K], bias[N] and y[M,N] share one dtype; lora_a[R,K], lora_b[N,R] and P[M,R]
+    share the adapters' dtype. `seed` is int64[1], or None for no dropout.
+    """
+    y = F.linear(x, weight, bias)
+    if seed is None:
+        p = _project(x, lora_a.t(), scaling)
+    else:
+        m, k = x.shape
+        p = lora_a.new_empty(m, lora_a.shape[0])
+        for rows in _blocks(m, k, x.device):
+            keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
+            dropped = x[rows.start : rows.stop] * keep
+            p[rows.start : rows.stop] = _project(dropped, lora_a.t(), scaling / (1 - dropout_p))
+    y.addmm_(p.to(y.dtype), lora_b.to(y.dtype).t())
+    return y, p
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    p: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return `dx = dy·W + undrop(Q·A)`, `da = Qᵀ·drop(x)` and `db = dyᵀ·P`, where `Q = s·dy·B`.
+
+    dy[M,N] and dx[M,K] have x's dtype, da[R,K] and db[N,R] the adapters'. What is not needed is
+    None: dx unless `need_dx`, da where x is None, db where P is None.
+    """
+    dx = da = None
+    db = None if p is None else _correlate(dy, p)
+    if not need_dx and x is None:
+        return dx, da, db
+
+    q = _project(dy, lora_b, scaling / (1 - dropout_p))  # undrop's 1/(1-p) rides along
+    if need_dx:
+        dx = torch.mm(dy, weight)
+    if seed is None:
+        if dx is not None:
+            dx.addmm_(q.to(dx.dtype), lora_a.to(dx.dtype))
+        if x is not None:
+            da = _correlate(q, x)
+        return dx, da, db
+
+    (m, _), k = dy.shape, weight.shape[1]
+    if x is not None:
+        da = lora_a.new_empty(lora_a.shape)
+    for columns in _blocks(k, m, dy.device):  # one mask serves undrop(Q·A) and drop(x)
+        keep = keep_mask(seed, dropout_p, range(m), columns, dy.device)
+        block = slice(columns.start, columns.stop)
+        if dx is not None:
+            dx[:, block] += (q @ lora_a[:, block]).mul_(keep)
+        if x is not None:
+            da[:, block] = _correlate(q, x[:, block] * keep)
+    return dx, da, db
+
+
+BACKEND = Backend("reference", why_not, forward, backward)
+
+
+def oracle(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Compose `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)` from differentiable PyTorch operators.
+
+    Shapes as in `lora_linear`. All tensors share one dtype, float64 when it judges others; the
+    gradients come from autograd, so the hand-derived backward is checked by independent code.
+    """
+    dropped = x
+    if dropout_p > 0:
+        rows, columns = range(x.numel() // max(x.shape[-1], 1)), range(x.shape[-1])
+        keep = keep_mask(seed, dropout_p, rows, columns, x.device)
+        dropped = x * keep.reshape(x.shape) / (1 - dropout_p)
+    return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
+
+
+def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
+    """Return `alpha·wide·skinny` in skinny's dtype: [M,C]·[C,R] -> [M,R]."""
+    m, c = wide.shape
+    out = skinny.new_empty(m, skinny.shape[1])
+    if wide.dtype == skinny.dtype:
+        return out.addmm_(wide, skinny, beta=0, alpha=alpha)
+    for rows in _blocks(m, c, wide.device):
+        block = wide[rows.start : rows.stop].to(skinny.dtype)
+        out[rows.start : rows.stop].addmm_(block, skinny, beta=0, alpha=alpha)
+    return out
+
+
+def _correlate(left: Tensor, right: Tensor) -> Tensor:
+    """Return `leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C].
+
+    The operand of the narrower dtype is converted one block of columns at a time.
+    """
+    if left.dtype == right.dtype:
+        return torch.mm(left.t(), right)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    out = left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
+    narrow, other, out_by_column = (
+        (right, left, out.t()) if left.dtype == dtype else (left, right, out)
+    )
+    for columns in _blocks(narrow.shape[1], narrow.shape[0], left.device):
+        block = narrow[:, columns.start : columns.stop].to(dtype)
+        out_by_column[columns.start : columns.stop].addmm_(block.t(), other, beta=0)
+    return out
+
+
+def _blocks(length: int, width: int, device: torch.device) -> Iterator[range]:
+    """Split range(length) into blocks of about 2¹⁸ elements of `width` each (2²⁴ off the CPU).
+
+    On the CPU a block and what is computed from it stay in the L2 cache; elsewhere launches are
+    what costs.
+    """
+    budget = 1 << (18 if device.type == "cpu" else 24)
+    # A multiple of 4: a mask tile that starts inside a Philox group would compute it twice.
+    step = max(budget // max(width, 1), 64) // 4 * 4
+    for start in range(0, length, step):
+        yield range(start, min(start + step, length))

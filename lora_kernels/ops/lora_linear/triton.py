@@ -1,0 +1,16 @@
+"""The Triton backend: not part of this version; asking for it by name says so."""
+
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.problem import Problem
+
+
+def why_not(problem: Problem) -> str | None:
+    """Return why this backend cannot run `problem`."""
+    return "not part of this version yet"
+
+
+def _absent(*_: object) -> None:
+    raise NotImplementedError("the Triton backend is not part of this version yet")
+
+
+BACKEND = Backend("triton", why_not, _absent, _absent)

@@ -1,0 +1,126 @@
+"""Every check on a call, before any work: one line that says what was got and what is accepted."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TENSORS = ("x", "weight", "lora_a", "lora_b", "bias")
+_FROZEN = ("weight", "bias")
+
+
+def validate(
+    x: Any,
+    weight: Any,
+    lora_a: Any,
+    lora_b: Any,
+    scaling: Any,
+    bias: Any,
+    dropout_p: Any,
+    backend: Any,
+    backends: tuple[str, ...],
+) -> None:
+    """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them."""
+    for name, tensor in zip(_TENSORS, (x, weight, lora_a, lora_b, bias), strict=True):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+            _fail(TypeError, f"{name} must be a tensor, got {type(tensor).__name__}")
+    _validate_shapes(x, weight, lora_a, lora_b, bias)
+    _validate_dtypes(x, weight, lora_a, lora_b, bias)
+    device = x.device
+    for name, tensor in zip(_TENSORS, (x, weight, lora_a, lora_b, bias), strict=True):
+        if tensor is not None and tensor.device != device:
+            _fail(ValueError, f"{name} is on {tensor.device} and x on {device}; all must be on one device")
+        if name in _FROZEN and tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            _fail(ValueError, f"{name} requires grad but is frozen here; call {name}.requires_grad_(False)")
+
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        _fail(TypeError, f"scaling must be a number, got {type(scaling).__name__}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        _fail(TypeError, f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        _fail(ValueError, f"dropout_p must be in [0, 1), got {dropout_p}")
+    if backend not in backends:
+        _fail(ValueError, f"unknown backend {backend!r}, accepted: {', '.join(backends)}")
+
+
+def _validate_shapes(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> None:
+    if weight.dim() != 2:
+        _fail(ValueError, f"weight must be (N, K), got shape {_shape(weight)}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        _fail(ValueError, f"x must be (..., K={k}) to match weight {_shape(weight)}, got {_shape(x)}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        _fail(ValueError, f"lora_a must be (R, K={k}) to match weight, got shape {_shape(lora_a)}")
+    if lora_b.dim() != 2 or lora_b.shape[0] != n:
+        _fail(ValueError, f"lora_b must be (N={n}, R) to match weight, got shape {_shape(lora_b)}")
+    r = lora_a.shape[0]
+    if lora_b.shape[1] != r:
+        _fail(ValueError, f"lora_a and lora_b must share one rank, got R={r} and R={lora_b.shape[1]}")
+    if r == 0:
+        _fail(ValueError, "the rank R must be at least 1, got 0")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        _fail(ValueError, f"bias must be (N={n},) to match weight, got shape {_shape(bias)}")
+
+
+def _validate_dtypes(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
+) -> None:
+    dtype, adapter_dtype = x.dtype, lora_a.dtype
+    if dtype not in DTYPES:
+        _fail(TypeError, f"x must be {' or '.join(map(_dtype, DTYPES))}, got {_dtype(dtype)}")
+    if weight.dtype != dtype:
+        _fail(TypeError, f"weight must have x's dtype {_dtype(dtype)}, got {_dtype(weight.dtype)}")
+    if bias is not None and bias.dtype != dtype:
+        _fail(TypeError, f"bias must have x's dtype {_dtype(dtype)}, got {_dtype(bias.dtype)}")
+    if adapter_dtype != dtype and adapter_dtype not in adapter_dtypes(dtype):
+        accepted = " or ".join(map(_dtype, adapter_dtypes(dtype)))
+        _fail(TypeError, f"lora_a must be {accepted} beside {_dtype(dtype)} x, got {_dtype(adapter_dtype)}")
+    if lora_b.dtype != adapter_dtype:
+        _fail(TypeError, f"lora_b must have lora_a's dtype {_dtype(adapter_dtype)}, got {_dtype(lora_b.dtype)}")
+
+
+def adapter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that A and B may have beside x of `dtype`: its own, and fp32 if wider."""
+    return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
+
+
+def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:
+    """Return the seed as int64[1], drawn from torch's generator if it is None.
+
+    A draw comes from the CPU generator, which needs neither a launch nor a synchronisation, unless
+    x's device is recording a graph: then every replay must draw anew, on the device.
+
+    Raises:
+        TypeError, ValueError: a seed that `lora_linear` does not accept.
+    """
+    if seed is None:
+        recording = torch.compiler.is_compiling() or (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        return torch.randint(2**63 - 1, (1,), device=x.device if recording else "cpu")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            _fail(TypeError, f"seed must be one int64, got {_dtype(seed.dtype)} of shape {_shape(seed)}")
+        if seed.device != x.device and seed.device.type != "cpu":
+            _fail(ValueError, f"seed is on {seed.device}; it must be on x's device {x.device} or the cpu")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        _fail(TypeError, f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        _fail(ValueError, f"seed must be in [0, 2**63), got {seed}")
+    return torch.tensor([seed])
+
+
+def _fail(kind: type[Exception], message: str) -> NoReturn:
+    raise kind(f"lora_linear: {message}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

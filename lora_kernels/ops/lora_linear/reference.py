@@ -95,6 +95,10 @@ def backward(
     return dx, da, db
 
 
+# Elements of a converted or masked block. On the CPU a block and what is computed from it stay in
+# the L2 cache; elsewhere launches are what costs.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 BACKEND = Backend("reference", why_not, forward, backward)
 
 
@@ -153,12 +157,8 @@ def _correlate(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _blocks(length: int, width: int, device: torch.device) -> Iterator[range]:
-    """Split range(length) into blocks of about 2¹⁸ elements of `width` each (2²⁴ off the CPU).
-
-    On the CPU a block and what is computed from it stay in the L2 cache; elsewhere launches are
-    what costs.
-    """
-    budget = 1 << (18 if device.type == "cpu" else 24)
+    """Split range(length) into blocks of at least 64 whose elements fill the device's block."""
+    budget = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
     # A multiple of 4: a mask tile that starts inside a Philox group would compute it twice.
     step = max(budget // max(width, 1), 64) // 4 * 4
     for start in range(0, length, step):

@@ -1,0 +1,209 @@
+"""Inputs, the one tolerance rule and the checks that judge every backend; for tests, benches, users.
+
+`check_backend(backend, case)` runs a backend's forward and backward on poisoned memory and compares
+y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one that
+writes zeros, skips a block, drops the scaling, truncates the rank or shifts the dropout mask.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.reference import oracle
+
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class Case(NamedTuple):
+    """One call to check: sizes as in `Problem`, s = `scaling`, and which gradients are needed.
+
+    `strided` makes every operand a non-contiguous view: transposed, or a slice of something larger.
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = fp32
+    adapter_dtype: torch.dtype | None = None
+    bias: bool = False
+    dropout_p: float = 0.0
+    scaling: float = 0.75
+    needs: tuple[bool, bool, bool] = (True, True, True)
+    strided: bool = False
+
+    def problem(self, device: str = "cpu", arch: int | None = None) -> Problem:
+        """Return the case as dispatch sees it."""
+        adapter_dtype = self.adapter_dtype or self.dtype
+        sizes = self.m, self.n, self.k, self.r
+        dropout = self.dropout_p > 0
+        return Problem(*sizes, self.dtype, adapter_dtype, device, arch, self.bias, dropout)
+
+
+# Ranks straddle the 16-wide tensor-core step, sizes are prime or one off a tile, and each feature
+# meets a ragged shape. fp32 sees a single missing rank column, bf16 and fp16 the operand dtypes.
+CASES = (
+    Case(1, 1, 1, 1),
+    Case(67, 131, 89, 5, bias=True),
+    Case(130, 70, 257, 17),
+    Case(33, 96, 64, 300, scaling=2.0),
+    Case(200, 72, 40, 16, bias=True, strided=True),
+    Case(67, 131, 89, 5, bias=True, dropout_p=0.3),
+    Case(129, 65, 258, 33, dropout_p=0.1, strided=True),
+    Case(65, 129, 127, 20, fp16, bias=True),
+    Case(65, 129, 127, 20, bf16, bias=True, dropout_p=0.25),
+    Case(65, 129, 127, 20, bf16, fp32, bias=True),
+    Case(65, 129, 127, 20, bf16, fp32, dropout_p=0.25),
+    Case(40, 50, 60, 8, needs=(True, False, False)),
+    Case(40, 50, 60, 8, needs=(True, False, False), dropout_p=0.5),
+    Case(40, 50, 60, 8, needs=(False, True, False)),
+    Case(40, 50, 60, 8, needs=(False, True, False), dropout_p=0.5),
+    Case(40, 50, 60, 8, needs=(False, False, True)),
+    Case(40, 50, 60, 8, needs=(False, True, True)),
+    Case(0, 5, 7, 3, bias=True),
+    Case(5, 0, 7, 3),
+    Case(5, 7, 0, 3, bias=True),
+)
+
+
+class Inputs(NamedTuple):
+    """The operands of a case, dy included; shapes as in `reference.forward` and `.backward`."""
+
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    seed: Tensor | None
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+    """Draw normal operands scaled so that the frozen and the low-rank path weigh the same in y.
+
+    x[M,K] weight[N,K] bias[N] dy[M,N] have `case.dtype`, lora_a[R,K] lora_b[N,R] the adapters'.
+    The same seed gives the same values on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    m, n, k, r = case.m, case.n, case.k, case.r
+    adapter_dtype = case.adapter_dtype or case.dtype
+
+    def draw(rows: int, columns: int, dtype: torch.dtype, scale: float) -> Tensor:
+        if not case.strided:
+            values = torch.randn(rows, columns, generator=generator, dtype=fp64) * scale
+            return values.to(device, dtype)
+        values = torch.randn(columns + 3, rows, generator=generator, dtype=fp64) * scale
+        return values.to(device, dtype)[1:-2].t()
+
+    wide, tall = max(k, 1) ** -0.5, max(r, 1) ** -0.5
+    return Inputs(
+        x=draw(m, k, case.dtype, 1.0),
+        weight=draw(n, k, case.dtype, wide),
+        lora_a=draw(r, k, adapter_dtype, wide),
+        lora_b=draw(n, r, adapter_dtype, tall),
+        bias=draw(1, n, case.dtype, 1.0)[0] if case.bias else None,
+        dy=draw(m, n, case.dtype, 1.0),
+        seed=torch.tensor([seed + 20]) if case.dropout_p > 0 else None,
+    )
+
+
+def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tensor) -> None:
+    """Assert that `actual` is as close to float64 as eager PyTorch in the same dtype, twice over.
+
+    `max|actual − ref64| ≤ 2·(max|eager − ref64| + eps·max|ref64|)`, eps being that of eager's
+    dtype; float64 itself must agree to 1e-12 of `max|ref64|`. Also: finite, and the same shape.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the result on trial, of any dtype.
+        reference64: the float64 result, on the CPU.
+        eager: the same computation by eager PyTorch in the operands' dtype.
+
+    Raises:
+        AssertionError: naming the error, the tolerance and the worst element.
+    """
+    assert actual.shape == reference64.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference64.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    got = actual.detach().to("cpu", fp64)
+    assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements are not finite"
+    magnitude = reference64.abs().max()
+    if actual.dtype == fp64:
+        tolerance = 1e-12 * magnitude
+    else:
+        eager_error = (eager.detach().to("cpu", fp64) - reference64).abs().max()
+        tolerance = 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
+    error = (got - reference64).abs()
+    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    assert error.max() <= tolerance, (
+        f"{name}: error {error.max():.3g} at {worst} exceeds the tolerance {tolerance:.3g}"
+    )
+
+
+def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return y, p, dx, da and db of the oracle, every operand converted to `dtype`."""
+    x, weight, lora_a, lora_b, bias, dy, seed = (
+        t if t is None or not t.is_floating_point() else t.detach().to(dtype) for t in inputs
+    )
+    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
+    y = oracle(*(x, weight, lora_a, lora_b), case.scaling, bias, dropout_p=case.dropout_p, seed=seed)
+    dx, da, db = torch.autograd.grad(y, leaves, dy)
+    # P is the layer with weight 0, B = identity: s·drop(x)·Aᵀ.
+    eye, zero = torch.eye(case.r, dtype=dtype, device=x.device), torch.zeros_like(lora_a)
+    p = oracle(x, zero, lora_a, eye, case.scaling, dropout_p=case.dropout_p, seed=seed)
+    return {"y": y, "p": p, "dx": dx, "da": da, "db": db}
+
+
+def check_backend(backend: Backend, case: Case, device: torch.device | str = "cpu") -> None:
+    """Run `backend` on `case` and assert that y, P and the needed gradients are right.
+
+    Raises:
+        AssertionError: on the first result of wrong shape, dtype or value.
+    """
+    inputs = make_inputs(case, device)
+    x, weight, lora_a, lora_b, bias, dy, seed = inputs
+    need_dx, need_da, need_db = case.needs
+    with poisoned_memory():
+        y, p = backend.forward(
+            x, weight, lora_a, lora_b, bias, case.scaling, case.dropout_p, seed
+        )
+        dx, da, db = backend.backward(
+            dy, x if need_da else None, weight, lora_a, lora_b, p if need_db else None,
+            case.scaling, case.dropout_p, seed, need_dx,
+        )  # fmt: skip
+
+    cpu = Inputs(*(None if t is None else t.cpu() for t in inputs))
+    reference64, eager = expected(case, cpu, fp64), expected(case, inputs, case.dtype)
+    gradients = {
+        name: (got, like)
+        for name, got, like, needed in zip(
+            ("dx", "da", "db"), (dx, da, db), (x, lora_a, lora_b), case.needs, strict=True
+        )
+        if needed
+    }
+    for name, (got, like) in {"y": (y, x), "p": (p, lora_a), **gradients}.items():
+        assert got is not None, f"{name} is missing in {case}"
+        assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
+        assert_accurate(f"{name} of {case}", got, reference64[name], eager[name])
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN, so that an element never written shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled

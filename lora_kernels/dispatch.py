@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 AUTO = "auto"
 
 
-class BackendUnavailable(RuntimeError):
-    """No backend, or not the one asked for by name, can run a call; the message lists every reason."""
+class BackendUnavailable(RuntimeError):  # noqa: N818 (reads as what happened)
+    """No backend, or not the one asked for, can run a call; the message lists every reason."""
 
 
 class Backend(NamedTuple):

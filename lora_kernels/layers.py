@@ -39,8 +39,8 @@ class LoRALinear(nn.Module):
     Fine-Tuning with LoRA", 2023.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
     _frozen_weight: Tensor | None
 
     def __init__(

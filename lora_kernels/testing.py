@@ -1,4 +1,4 @@
-"""Inputs, the one tolerance rule and the checks that judge every backend; for tests, benches, users.
+"""Inputs, the one tolerance rule and the checks that judge every backend: for anyone to use.
 
 `check_backend(backend, case)` runs a backend's forward and backward on poisoned memory and compares
 y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one that
@@ -149,16 +149,18 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
 
 def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return y, p, dx, da and db of the oracle, every operand converted to `dtype`."""
-    x, weight, lora_a, lora_b, bias, dy, seed = (
-        t if t is None or not t.is_floating_point() else t.detach().to(dtype) for t in inputs
+    x, lora_a, lora_b = (
+        t.detach().to(dtype).requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)
     )
-    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
-    y = oracle(*(x, weight, lora_a, lora_b), case.scaling, bias, dropout_p=case.dropout_p, seed=seed)
-    dx, da, db = torch.autograd.grad(y, leaves, dy)
-    # P is the layer with weight 0, B = identity: s·drop(x)·Aᵀ.
-    eye, zero = torch.eye(case.r, dtype=dtype, device=x.device), torch.zeros_like(lora_a)
-    p = oracle(x, zero, lora_a, eye, case.scaling, dropout_p=case.dropout_p, seed=seed)
-    return {"y": y, "p": p, "dx": dx, "da": da, "db": db}
+    weight, dy = inputs.weight.to(dtype), inputs.dy.to(dtype)
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
+    p, seed = case.dropout_p, inputs.seed
+    y = oracle(x, weight, lora_a, lora_b, case.scaling, bias, dropout_p=p, seed=seed)
+    dx, da, db = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    # P is what the layer gives for a zero weight and the identity as B.
+    zero, identity = torch.zeros_like(lora_a), torch.eye(case.r, dtype=dtype, device=x.device)
+    low_rank = oracle(x, zero, lora_a, identity, case.scaling, dropout_p=p, seed=seed)
+    return {"y": y, "p": low_rank, "dx": dx, "da": da, "db": db}
 
 
 def check_backend(backend: Backend, case: Case, device: torch.device | str = "cpu") -> None:
@@ -171,16 +173,14 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
     x, weight, lora_a, lora_b, bias, dy, seed = inputs
     need_dx, need_da, need_db = case.needs
     with poisoned_memory():
-        y, p = backend.forward(
-            x, weight, lora_a, lora_b, bias, case.scaling, case.dropout_p, seed
-        )
+        y, p = backend.forward(x, weight, lora_a, lora_b, bias, case.scaling, case.dropout_p, seed)
         dx, da, db = backend.backward(
             dy, x if need_da else None, weight, lora_a, lora_b, p if need_db else None,
             case.scaling, case.dropout_p, seed, need_dx,
         )  # fmt: skip
 
-    cpu = Inputs(*(None if t is None else t.cpu() for t in inputs))
-    reference64, eager = expected(case, cpu, fp64), expected(case, inputs, case.dtype)
+    reference64 = expected(case, make_inputs(case), fp64)
+    eager = expected(case, inputs, case.dtype)
     gradients = {
         name: (got, like)
         for name, got, like, needed in zip(
@@ -199,11 +199,8 @@ def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` returns with NaN, so that an element never written shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -171,7 +171,8 @@ torch.library.define(
 torch.library.define(
     "lora_kernels::lora_linear_backward",
     "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? p, float scaling,"
-    " float dropout_p, Tensor? seed, bool need_dx, str backend) -> (Tensor dx, Tensor da, Tensor db)",
+    " float dropout_p, Tensor? seed, bool need_dx, str backend)"
+    " -> (Tensor dx, Tensor da, Tensor db)",
 )
 
 

@@ -33,7 +33,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
     c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     # On the CPU the key becomes Python numbers; on a GPU that would wait for the device.
-    key = seed.item() if seed.device.type == "cpu" else seed
+    key = int(seed) if seed.device.type == "cpu" else seed
     key0, key1 = key & LOW, (key >> 32) & LOW
     # The rounds run in place over six buffers: this loop is bound by memory traffic. A word that is
     # only ever xored keeps garbage in its upper half until the closing `& LOW`.

@@ -51,19 +51,20 @@ class Problem(NamedTuple):
         )
 
     def flops(self, *, backward: bool = False) -> int:
-        """Floating-point operations: `2·M·K·N` plus the low-rank path, gradients da and db included."""
-        m, n, k, r = self.m, self.n, self.k, self.r
-        low_rank = 2 * m * r * (k + n)
-        return 2 * m * n * k + (2 * low_rank if backward else low_rank)
+        """Return the floating-point operations: `2·M·K·N` plus the low-rank path, da and db too."""
+        low_rank = 2 * self.m * self.r * (self.k + self.n)
+        return 2 * self.m * self.n * self.k + (2 * low_rank if backward else low_rank)
 
     def bytes(self, *, backward: bool = False) -> int:
-        """Fewest bytes moved through device memory: every input read once, every output written once."""
+        """Return the fewest bytes through device memory: inputs read once, outputs written once."""
         m, n, k, r = self.m, self.n, self.k, self.r
-        base = (m * k + n * k + m * n + (n if self.bias and not backward else 0)) * self.dtype.itemsize
-        adapters = (r * (k + n) + m * r) * self.adapter_dtype.itemsize
-        if backward:  # x is read beside dy, dx is written, and da, db mirror A, B
-            return base + m * k * self.dtype.itemsize + adapters + r * (k + n) * self.adapter_dtype.itemsize
-        return base + adapters
+        adapters = r * (k + n)
+        wide = m * k + n * k + m * n
+        if backward:  # x is read and dx written; da and db mirror A and B
+            wide, adapters = wide + m * k, 2 * adapters
+        elif self.bias:
+            wide += n
+        return wide * self.dtype.itemsize + (adapters + m * r) * self.adapter_dtype.itemsize
 
 
 @functools.cache

@@ -91,7 +91,7 @@ def backward(
         if dx is not None:
             dx[:, block] += (q @ lora_a[:, block]).mul_(keep)
         if x is not None:
-            da[:, block] = _correlate(q, x[:, block] * keep)
+            da[:, block] = _correlate(q, x[:, block] * keep)  # type: ignore[index]
     return dx, da, db
 
 
@@ -119,7 +119,7 @@ def oracle(
     gradients come from autograd, so the hand-derived backward is checked by independent code.
     """
     dropped = x
-    if dropout_p > 0:
+    if seed is not None and dropout_p > 0:
         rows, columns = range(x.numel() // max(x.shape[-1], 1)), range(x.shape[-1])
         keep = keep_mask(seed, dropout_p, rows, columns, x.device)
         dropped = x * keep.reshape(x.shape) / (1 - dropout_p)

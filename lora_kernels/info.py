@@ -1,0 +1,85 @@
+"""`python -m lora_kernels.info`: versions, GPUs, and which backend runs what here, or why not."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+import lora_kernels
+from lora_kernels import extension
+from lora_kernels.ops.lora_linear import BACKENDS, Problem
+
+_PACKAGES = ("torch", "triton", "peft", "transformers")
+_bf16, _fp16, _fp32, _fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def main() -> None:
+    """Print the report."""
+    print("\n".join(_report()))
+
+
+def _report() -> Iterator[str]:
+    yield f"lora_kernels {lora_kernels.__version__} · Python {platform.python_version()}"
+    yield "packages    " + " · ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    yield f"extension   {extension.why_absent() or 'loaded'}"
+    yield f"CUDA        {torch.version.cuda or 'this PyTorch is a CPU build'}"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        yield f"GPU {i}       {torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+
+    device, arch = "cpu", None
+    if torch.cuda.is_available():
+        device, arch = "cuda", 10 * major + minor
+    yield ""
+    yield f"lora_linear on {device}"
+    reasons: dict[str, int] = {}
+    rows = [["x, W", "A, B", "dropout", *(backend.name for backend in BACKENDS)]]
+    for dtype, adapter_dtype, dropout in _SUPPORT:
+        problem = Problem(4096, 4096, 4096, 16, dtype, adapter_dtype, device, arch, dropout=dropout)
+        cells = []
+        for backend in BACKENDS:
+            reason = backend.why_not(problem)
+            note = None if reason is None else reasons.setdefault(reason, len(reasons) + 1)
+            cells.append("yes" if note is None else f"no [{note}]")
+        rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])
+    yield from _table(rows)
+    yield from (f"[{note}] {reason}" for reason, note in reasons.items())
+
+
+_SUPPORT = tuple(
+    (dtype, adapter_dtype, dropout)
+    for dtype, adapter_dtype in (
+        (_bf16, _bf16),
+        (_bf16, _fp32),
+        (_fp16, _fp16),
+        (_fp16, _fp32),
+        (_fp32, _fp32),
+        (_fp64, _fp64),
+    )
+    for dropout in (False, True)
+)
+
+
+def _table(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield (
+            "  "
+            + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 """The dropout mask as a pure function of (seed, row, column): nothing is stored, any tiling agrees.
 
-Element (m, k) of x[M,K] is kept when its random word is at least `threshold(p)`. The word is number
-`k mod 4` of Philox 4x32-10 at counter `(k div 4, m mod 2³², m div 2³², 0)` under the 64-bit key
-`seed` (low word first). Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC'11. Every backend implements this definition, bit for bit.
+Element (m, k) of x[M,K] is kept when its random number is at least `threshold(p)`. The number is
+one of the eight 16-bit halves of Philox 4x32-10 at counter `(k div 8, m mod 2³², m div 2³², 0)`
+under the 64-bit key `seed` (low word first): half `k mod 8`, counted from the low half of word 0.
+Sixteen bits resolve p to 2⁻¹⁶ at half the price of a word per element. Source: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC'11. Every backend implements this, bit for bit.
 """
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+GROUP = 8  # consecutive elements of a row that share one counter
 LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """Return the 32-bit word below which an element is dropped: `round(p·2³²)`, below 2³²."""
-    return min(round(p * 2**32), LOW)
+    """Return the 16-bit number below which an element is dropped: `round(p·2¹⁶)`, below 2¹⁶."""
+    return min(round(p * 2**16), 2**16 - 1)
 
 
 def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
@@ -28,7 +30,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
         seed: int64, one element; its two 32-bit halves are the key.
 
     Returns:
-        Four int64 tensors of the broadcast shape, each word in [0, 2³²).
+        Four int64 tensors of the broadcast shape; the low 32 bits of each element are the word.
     """
     c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
@@ -36,7 +38,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
     key = int(seed) if seed.device.type == "cpu" else seed
     key0, key1 = key & LOW, (key >> 32) & LOW
     # The rounds run in place over six buffers: this loop is bound by memory traffic. A word that is
-    # only ever xored keeps garbage in its upper half until the closing `& LOW`.
+    # only ever xored may keep garbage in its upper half.
     for i in range(ROUNDS):
         round_key0, round_key1 = key0 + i * WEYL[0] & LOW, key1 + i * WEYL[1] & LOW
         torch.mul(c0, MULTIPLIERS[0], out=product0)
@@ -46,7 +48,7 @@ def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
         torch.bitwise_right_shift(product0, 32, out=c2)
         c2.bitwise_xor_(c3).bitwise_xor_(round_key1).bitwise_and_(LOW)
         c1, product1, c3, product0 = product1, c1, product0, c3
-    return [c0, c1.bitwise_and_(LOW), c2, c3.bitwise_and_(LOW)]
+    return [c0, c1, c2, c3]
 
 
 def keep_mask(
@@ -54,7 +56,7 @@ def keep_mask(
 ) -> Tensor:
     """Return which elements of a tile of x survive dropout, as bool[len(rows), len(columns)].
 
-    `keep[m, k] = word(m, k) >= round(p·2³²)`; survivors are scaled by `1 / (1 - p)` by the caller.
+    `keep[m, k] = number(m, k) >= threshold(p)`; the caller scales survivors by `1 / (1 - p)`.
 
     Args:
         seed: int64, one element, on `device` or on the CPU.
@@ -64,10 +66,12 @@ def keep_mask(
     """
     device = seed.device if device is None else device
     row = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    group = torch.arange(columns.start // 4, -(-columns.stop // 4), device=device)[None, :]
+    group = torch.arange(columns.start // GROUP, -(-columns.stop // GROUP), device=device)[None, :]
     words = philox4x32((group, row & LOW, row >> 32, torch.zeros_like(row)), seed)
-    keep = torch.empty(*words[0].shape, 4, dtype=torch.bool, device=device)
+    packed = torch.empty(*words[0].shape, 4, dtype=torch.int32, device=device)
     for j, word in enumerate(words):
-        torch.ge(word, threshold(p), out=keep[..., j])
-    skip = columns.start % 4
-    return keep.flatten(1)[:, skip : skip + len(columns)]
+        packed[..., j] = word
+    # There is no uint16 comparison: flipping the top bit maps the order of uint16 to int16's.
+    halves = packed.view(torch.int16).bitwise_xor_(-(2**15))
+    skip = columns.start % GROUP
+    return halves.flatten(1)[:, skip : skip + len(columns)] >= threshold(p) - 2**15

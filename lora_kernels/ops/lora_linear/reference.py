@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear.philox import keep_mask
+from lora_kernels.ops.lora_linear.philox import GROUP, keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
 
 
@@ -159,7 +159,7 @@ def _correlate(left: Tensor, right: Tensor) -> Tensor:
 def _blocks(length: int, width: int, device: torch.device) -> Iterator[range]:
     """Split range(length) into blocks of at least 64 whose elements fill the device's block."""
     budget = _BLOCK_ELEMENTS.get(device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    # A multiple of 4: a mask tile that starts inside a Philox group would compute it twice.
-    step = max(budget // max(width, 1), 64) // 4 * 4
+    # A mask tile that starts inside a Philox group would compute that group twice.
+    step = max(budget // max(width, 1), 64) // GROUP * GROUP
     for start in range(0, length, step):
         yield range(start, min(start + step, length))

@@ -52,6 +52,7 @@ CASES = (
     Case(67, 131, 89, 5, bias=True),
     Case(130, 70, 257, 17),
     Case(33, 96, 64, 300, scaling=2.0),
+    Case(300, 520, 40, 65, bias=True),
     Case(200, 72, 40, 16, bias=True, strided=True),
     Case(67, 131, 89, 5, bias=True, dropout_p=0.3),
     Case(129, 65, 258, 33, dropout_p=0.1, strided=True),
@@ -106,9 +107,9 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         weight=draw(n, k, case.dtype, wide),
         lora_a=draw(r, k, adapter_dtype, wide),
         lora_b=draw(n, r, adapter_dtype, tall),
-        bias=draw(1, n, case.dtype, 1.0)[0] if case.bias else None,
+        bias=draw(2 if case.strided else 1, n, case.dtype, 1.0)[0] if case.bias else None,
         dy=draw(m, n, case.dtype, 1.0),
-        seed=torch.tensor([seed + 20]) if case.dropout_p > 0 else None,
+        seed=torch.tensor([(7 << 33) + seed + 20]) if case.dropout_p > 0 else None,
     )
 
 

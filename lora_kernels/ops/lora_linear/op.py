@@ -1,8 +1,7 @@
 """The public function, its autograd.Function, the operator schemas and the choice of backend."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.validate import seed_tensor, validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _ops = torch.ops.lora_kernels
 _NAMES = (AUTO, *(backend.name for backend in BACKENDS))
 
@@ -61,15 +60,29 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
     are derived in the README.md beside this file.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = map(_autocast, (x, weight, bias))
+    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            x, weight, bias = map(_autocast, (x, weight, bias))
+            with torch.autocast(device_type, enabled=False):
+                return lora_linear(
+                    x, weight, lora_a, lora_b, scaling, bias,
+                    dropout_p=dropout_p, seed=seed, backend=backend,
+                )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, _NAMES)
     seed = seed_tensor(seed, x) if dropout_p > 0 else None
-    arguments = (x, weight, lora_a, lora_b, bias, float(scaling), float(dropout_p), seed, backend)
-    needs_grad = x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
-    if needs_grad and torch.is_grad_enabled():
-        return _LoRALinear.apply(*arguments)
-    return _forward(*arguments)[0]
+    call = _Call(float(scaling), float(dropout_p), backend)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+    ):
+        return _LoRALinear.apply(x, lora_a, lora_b, weight, bias, seed, call)
+    return _forward(x, lora_a, lora_b, weight, bias, seed, call)[0]
+
+
+class _Call(NamedTuple):
+    scaling: float
+    dropout_p: float
+    backend: str
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -77,41 +90,34 @@ class _LoRALinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
+        weight: Tensor,
         bias: Tensor | None,
-        scaling: float,
-        dropout_p: float,
         seed: Tensor | None,
-        backend: str,
+        call: _Call,
     ) -> Tensor:
-        y, p = _forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
-        _, _, need_da, need_db, *_ = ctx.needs_input_grad
+        y, p = _forward(x, lora_a, lora_b, weight, bias, seed, call)
+        _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need_da else None, weight, lora_a, lora_b, p if need_db else None, seed
+            x if need_da else None, lora_a, lora_b, weight, seed, p if need_db else None
         )
         ctx.x_shape = x.shape
-        ctx.call = (scaling, dropout_p, backend)
+        ctx.call = call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
-        scaling, dropout_p, backend = ctx.call
-        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        x, lora_a, lora_b, weight, seed, p = ctx.saved_tensors
+        need_dx, need_da, need_db, *_ = ctx.needs_input_grad
         # With create_graph=True the gradients must not pass for constants.
         run = _NotTwiceDifferentiable.apply if torch.is_grad_enabled() else _backward
-        dx, da, db = run(
-            _flatten(dy), None if x is None else _flatten(x), weight, lora_a, lora_b, p,
-            scaling, dropout_p, seed, need_dx, backend,
-        )  # fmt: skip
+        dx, da, db = run(dy, x, lora_a, lora_b, weight, seed, p, need_dx, ctx.call)
         return (
             dx.view(ctx.x_shape) if need_dx else None,
-            None,
             da if need_da else None,
             db if need_db else None,
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
@@ -125,39 +131,68 @@ class _NotTwiceDifferentiable(torch.autograd.Function):
         raise RuntimeError("lora_linear: double backward is not supported")
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    traced = _is_traced(*arguments[:5])
-    return (_ops.lora_linear_backward.default if traced else _backward_impl)(*arguments)
-
-
 def _forward(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None,
-    scaling: float, dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    traced = _is_traced(x, weight, lora_a, lora_b)
-    y, p = (_ops.lora_linear.default if traced else _forward_impl)(
-        _flatten(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend
-    )
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])), p
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    call: _Call,
+) -> tuple[Tensor, Tensor]:
+    run = _ops.lora_linear.default if _is_traced(x, lora_a, lora_b, weight) else _forward_impl
+    flat = x if x.dim() == 2 else _flatten(x)
+    y, p = run(flat, weight, lora_a, lora_b, bias, call.scaling, call.dropout_p, seed, call.backend)
+    return (y if flat is x else y.view(*x.shape[:-1], weight.shape[0])), p
 
 
-def _is_traced(*tensors: Tensor | None) -> bool:
-    """Whether something looks at operators: torch.compile, a dispatch mode or a tensor subclass.
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    p: Tensor | None,
+    need_dx: bool,
+    call: _Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    traced = _is_traced(dy, lora_a, lora_b, weight)
+    run = _ops.lora_linear_backward.default if traced else _backward_impl
+    arguments = (
+        _flatten(dy), None if x is None else _flatten(x), weight, lora_a, lora_b, p,
+        call.scaling, call.dropout_p, seed, need_dx, call.backend,
+    )  # fmt: skip
+    if not torch._C._is_any_autocast_enabled() or dy.is_meta:
+        return run(*arguments)
+    with torch.autocast(dy.device.type, enabled=False):
+        return run(*arguments)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """View (..., K) as [M,K]; copies only where the leading strides cannot be merged."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _is_traced(*tensors: Tensor) -> bool:
+    """Return whether something watches operators: torch.compile, a dispatch mode, a subclass.
 
     If nothing does, the dispatcher is skipped, which spares about 10 µs a call (README.md).
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(t) not in _PLAIN_TYPES for t in tensors)
+        or not _PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 
-def _flatten(x: Tensor) -> Tensor:
-    """View (..., K) as [M,K]; copies only where the leading strides cannot be merged."""
-    if x.dim() == 2:
-        return x
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+def _autocast(tensor: Any) -> Any:
+    """Convert to the autocast dtype what torch itself would: floating tensors, except float64."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        return tensor
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 # --- The operator boundary: one schema per direction, the same for every backend -----------------
@@ -179,8 +214,7 @@ torch.library.define(
 def _forward_impl(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
     problem = Problem.of(x.shape[0], weight, lora_a, bias, dropout_p)
     chosen = select(BACKENDS, problem, backend)
-    with _no_autocast(x):
-        return chosen.forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    return chosen.forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
 
 
 def _backward_impl(  # type: ignore[no-untyped-def]
@@ -188,10 +222,7 @@ def _backward_impl(  # type: ignore[no-untyped-def]
 ):
     problem = Problem.of(dy.shape[0], weight, lora_a, None, dropout_p)
     chosen = select(BACKENDS, problem, backend)
-    with _no_autocast(dy):
-        gradients = chosen.backward(
-            dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx
-        )
+    gradients = chosen.backward(dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx)
     return tuple(dy.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -214,19 +245,3 @@ def _backward_fake(  # type: ignore[no-untyped-def]
         dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),
         dy.new_empty(0) if p is None else lora_b.new_empty(lora_b.shape),
     )
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _autocast(tensor: Any) -> Any:
-    """Convert to the autocast dtype what torch itself would: floating tensors, except float64."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        return tensor
-    if tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -46,7 +46,10 @@ def forward(
             keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
             dropped = x[rows.start : rows.stop] * keep
             p[rows.start : rows.stop] = _project(dropped, lora_a.t(), scaling / (1 - dropout_p))
-    y.addmm_(p.to(y.dtype), lora_b.to(y.dtype).t())
+    if p.dtype == y.dtype:
+        y.addmm_(p, lora_b.t())
+    else:
+        y.addmm_(p.to(y.dtype), lora_b.to(y.dtype).t())
     return y, p
 
 
@@ -72,17 +75,19 @@ def backward(
     if not need_dx and x is None:
         return dx, da, db
 
+    m, k = dy.shape[0], weight.shape[1]
     q = _project(dy, lora_b, scaling / (1 - dropout_p))  # undrop's 1/(1-p) rides along
     if need_dx:
         dx = torch.mm(dy, weight)
     if seed is None:
         if dx is not None:
-            dx.addmm_(q.to(dx.dtype), lora_a.to(dx.dtype))
+            q_, a_ = q.to(dx.dtype), lora_a.to(dx.dtype)
+            # For few rows BLAS adds the R terms of the product onto dx one by one, each rounded.
+            dx = dx.add_(torch.mm(q_, a_)) if m < 8 else dx.addmm_(q_, a_)
         if x is not None:
             da = _correlate(q, x)
         return dx, da, db
 
-    (m, _), k = dy.shape, weight.shape[1]
     if x is not None:
         da = lora_a.new_empty(lora_a.shape)
     for columns in _blocks(k, m, dy.device):  # one mask serves undrop(Q·A) and drop(x)
@@ -128,11 +133,10 @@ def oracle(
 
 def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
     """Return `alpha·wide·skinny` in skinny's dtype: [M,C]·[C,R] -> [M,R]."""
-    m, c = wide.shape
-    out = skinny.new_empty(m, skinny.shape[1])
+    out = skinny.new_empty(wide.shape[0], skinny.shape[1])
     if wide.dtype == skinny.dtype:
         return out.addmm_(wide, skinny, beta=0, alpha=alpha)
-    for rows in _blocks(m, c, wide.device):
+    for rows in _blocks(*wide.shape, wide.device):
         block = wide[rows.start : rows.stop].to(skinny.dtype)
         out[rows.start : rows.stop].addmm_(block, skinny, beta=0, alpha=alpha)
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
 def validate(
@@ -20,15 +21,15 @@ def validate(
     backends: tuple[str, ...],
 ) -> None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them."""
-    tensors = (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias))
-    for name, tensor in tensors:
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+    tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
+    for name, tensor in zip(_NAMES, tensors):  # noqa: B905 (bias may be missing)
+        if not isinstance(tensor, Tensor):
             _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
     _validate_shapes(x, weight, lora_a, lora_b, bias)
     _validate_dtypes(x, weight, lora_a, lora_b, bias)
     device = x.device
-    for name, tensor in tensors:
-        if tensor is not None and tensor.device != device:
+    for name, tensor in zip(_NAMES, tensors):  # noqa: B905
+        if tensor.device != device:
             _value_error(f"{name} must be on x's device {device}, got {tensor.device}")
     if torch.is_grad_enabled():
         for name, tensor in (("weight", weight), ("bias", bias)):

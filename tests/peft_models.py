@@ -1,0 +1,135 @@
+"""Small PEFT models and the two ways to compare them: to the tolerance rule, and to the bit."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_kernels import lora_linear
+from lora_kernels.peft import fuse
+from lora_kernels.testing import assert_accurate
+
+K, H, N = 12, 20, 9
+bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run every test of a module that imports this on one thread.
+
+    Handing out such small tensors costs more than computing on them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Block(nn.Module):
+    """Two layers that LoRA adapts, with and without bias, and one that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, H)
+        self.down = nn.Linear(H, K, bias=False)
+        self.head = nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.down(torch.tanh(self.up(x))))
+
+
+def peft_model(
+    base: nn.Module | None = None, seed: int = 0, dtype: torch.dtype = fp32, **options: Any
+) -> PeftModel:
+    """A PEFT model whose adapters are all away from their zero start."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"]} | options
+    model = get_peft_model((base or Block()).to(dtype), LoraConfig(**options))
+    return randomise(model)
+
+
+def randomise(model: nn.Module, seed: int = 1, adapter: str = "") -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and adapter in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.4
+    return model
+
+
+def add_other(model: PeftModel, **options: Any) -> None:
+    """Add a second adapter and make it the active one."""
+    model.add_adapter("other", LoraConfig(**{"r": 3, "target_modules": ["up", "down"]} | options))
+    randomise(model, seed=3, adapter=".other.").set_adapter("other")
+
+
+def x_for(model: nn.Module, *shape: int) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(*(shape or (3, 5, K)), generator=generator, dtype=fp64).to(dtype)
+
+
+def run(model: nn.Module, x: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    """Return y and the gradient of x and of every trainable parameter."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x, **inputs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=fp64).reshape(y.shape)
+    (y.to(fp64) * weights).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, **gradients}
+
+
+def assert_close_to_peft(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    got, eager = run(fused, x), run(plain, x)
+    reference = run(copy.deepcopy(plain).to(fp64), x.to(fp64))
+    assert got.keys() == eager.keys() == reference.keys()
+    assert got["y"].dtype == eager["y"].dtype
+    for name, expected in reference.items():
+        assert got[name].dtype == eager[name].dtype, name
+        assert_accurate(name, got[name], expected, eager[name])
+
+
+def assert_same_as_peft(fused: nn.Module, plain: nn.Module, x: Tensor, **inputs: Any) -> None:
+    got, expected = run(fused, x, **inputs), run(plain, x, **inputs)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+
+
+@contextmanager
+def calls_of_lora_linear(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Count what really reaches the operator: a fallback would pass every comparison with PEFT."""
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        counted = lambda *a, **k: calls.append(1) or lora_linear(*a, **k)
+        patch.setattr("lora_kernels.peft.lora_linear", counted)
+        yield calls
+
+
+def pair(**options: Any) -> tuple[PeftModel, PeftModel]:
+    """A fused model and its unfused twin."""
+    plain = peft_model(**options)
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 2
+    return fused, plain
+
+
+def llama(**options: Any) -> PeftModel:
+    """A causal language model of 14 layers that LoRA adapts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, **options)
+    return get_peft_model(LlamaForCausalLM(config), adapters)

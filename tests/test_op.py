@@ -1,0 +1,392 @@
+"""`lora_linear` against the float64 oracle, and what it saves, skips and promises."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_kernels import lora_linear
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear import op, reference
+from lora_kernels.testing import (
+    Case,
+    Inputs,
+    assert_accurate,
+    bf16,
+    expected,
+    fp16,
+    fp32,
+    fp64,
+    make_inputs,
+)
+
+LAYOUTS = ("contiguous", "transposed", "every second", "offset", "expanded", "overlapping")
+DTYPES = ((fp64, fp64), (fp32, fp32), (bf16, bf16), (fp16, fp16), (bf16, fp32), (fp16, fp32))
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """Return a tensor like `values` with other strides; the last two layouts repeat values."""
+    shape = values.shape
+    if layout == "transposed" and values.dim() > 1:
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "every second":
+        return torch.stack((values, values + 1), -1).flatten(-2)[..., ::2]
+    if layout == "offset":
+        return F.pad(values, (3, 2))[..., 3 : 3 + shape[-1]]
+    if layout == "expanded":
+        return values[:1].clone().expand(shape)
+    if layout == "overlapping":
+        memory = torch.cat((values.reshape(-1), values.new_ones(sum(shape) + 1)))
+        return memory.as_strided(shape, (1,) * len(shape))
+    return values
+
+
+def check(*draws: Inputs, scaling: float = 0.75, dropout_p: float = 0.0, seed: int = 7) -> None:
+    """Assert that y, dx, da and db of `lora_linear` are right, over all `draws` together.
+
+    Eager PyTorch may happen to be exact in the one element of a tiny result; over several draws of
+    the operands its error is what the tolerance rule takes it for.
+    """
+    trials = []
+    for inputs in draws:
+        x, weight, lora_a, lora_b, bias, dy, _ = inputs
+        leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
+        y = lora_linear(
+            leaves[0], weight, *leaves[1:], scaling, bias, dropout_p=dropout_p, seed=seed
+        )
+        results = (y, *torch.autograd.grad(y, leaves, dy))
+        case = Case(0, 0, 0, lora_a.shape[0], dropout_p=dropout_p, scaling=scaling)
+        inputs = inputs._replace(seed=torch.tensor([seed]))
+        trials.append((results, expected(case, inputs, fp64), expected(case, inputs, x.dtype)))
+        for got, like in zip(results, (x, *leaves), strict=True):
+            assert got.dtype == like.dtype
+    for i, name in enumerate(("y", "dx", "da", "db")):
+        assert_accurate(
+            name,
+            torch.stack([results[i] for results, _, _ in trials]),
+            torch.stack([reference64[name] for _, reference64, _ in trials]),
+            torch.stack([eager[name] for _, _, eager in trials]),
+        )
+
+
+@given(
+    lead=st.lists(st.integers(0, 7), max_size=3),
+    m=st.sampled_from((4, 5, 17, 67)),
+    n=st.sampled_from((0, 1, 2, 13, 64, 97)),
+    k=st.sampled_from((0, 1, 3, 31, 64, 101)),
+    r=st.integers(1, 300),
+    dtypes=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 6),
+    bias=st.booleans(),
+    dropout_p=st.sampled_from((0.0, 0.0, 0.1, 0.5, 0.9)),
+    scaling=st.sampled_from((0.25, 1.0, 2.0)),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_shape_layout_dtype_and_rank(
+    lead: list[int], m: int, n: int, k: int, r: int, dtypes: tuple[torch.dtype, torch.dtype],
+    layouts: tuple[str, ...], bias: bool, dropout_p: float, scaling: float, seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(r)
+    dtype, adapter_dtype = dtypes
+
+    def draw(layout: str, *shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=fp64) * scale
+        return laid_out(values.to(dtype), layout)
+
+    def inputs() -> Inputs:
+        wide = max(k, 1) ** -0.5
+        return Inputs(
+            x=draw(layouts[0], *lead, m, k),
+            weight=draw(layouts[1], n, k, scale=wide),
+            lora_a=draw(layouts[2], r, k, dtype=adapter_dtype, scale=wide),
+            lora_b=draw(layouts[3], n, r, dtype=adapter_dtype, scale=r**-0.5),
+            bias=draw(layouts[4], n) if bias else None,
+            dy=draw(layouts[5], *lead, m, n),
+            seed=None,
+        )
+
+    rows = math.prod(lead) * m
+    smallest = min(size for size in (rows * n, rows * k, r * k, n * r, 64) if size > 0)
+    draws = [inputs() for _ in range(min(64 // smallest, 20))]
+    check(*draws, scaling=scaling, dropout_p=dropout_p, seed=seed)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_few_tokens(dtypes: tuple[torch.dtype, torch.dtype], m: int, dropout_p: float) -> None:
+    case = Case(m, 40, 33, 17, *dtypes, bias=True)
+    check(*(make_inputs(case, seed=seed) for seed in range(8)), dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_x_of_one_dimension(dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float) -> None:
+    inputs = make_inputs(Case(1, 40, 33, 3, *dtypes, bias=True))
+    check(inputs._replace(x=inputs.x[0], dy=inputs.dy[0]), dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("scaling", [0, 0.0, 3, -0.5, 1e-3])
+@pytest.mark.parametrize("dropout_p", [0, 0.4])
+def test_any_number_scales(scaling: float, dropout_p: float) -> None:
+    check(make_inputs(Case(20, 30, 40, 4, bias=True)), scaling=scaling, dropout_p=dropout_p)
+
+
+@given(row=st.integers(0, 2**20))
+@example(row=0)
+def test_the_mask_counts_flattened_rows(row: int) -> None:
+    inputs = make_inputs(Case(24, 30, 40, 4), seed=row % 100)
+    flat = _call(inputs, seed=row, dropout_p=0.5)
+    folded = _call(inputs._replace(x=inputs.x.view(2, 3, 4, 40)), seed=row, dropout_p=0.5)
+    assert torch.equal(flat, folded.view_as(flat))
+
+
+# --- What is computed, and what is not -----------------------------------------------------------
+
+
+def _call(inputs: Inputs, **options: Any) -> Tensor:
+    x, weight, lora_a, lora_b, bias, *_ = inputs
+    return lora_linear(x, weight, lora_a, lora_b, 0.75, bias, **options)
+
+
+class Spy:
+    """The reference backend, remembering the arguments of each backward call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(op, "BACKENDS", (reference.BACKEND._replace(backward=self._backward),))
+
+    def _backward(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        return reference.backward(*arguments)
+
+
+@pytest.mark.parametrize("need_dx", [False, True])
+@pytest.mark.parametrize("need_da", [False, True])
+@pytest.mark.parametrize("need_db", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_only_needed_gradients_are_computed(
+    need_dx: bool, need_da: bool, need_db: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    inputs = make_inputs(Case(20, 30, 40, 4))
+    needs = (need_dx, need_da, need_db)
+    leaves = [
+        t.requires_grad_(need)
+        for t, need in zip((inputs.x, inputs.lora_a, inputs.lora_b), needs, strict=True)
+    ]
+    y = _call(inputs, dropout_p=dropout_p, seed=1)
+    assert y.requires_grad == any(needs)
+    if not any(needs):
+        return
+    y.backward(inputs.dy)
+    assert [leaf.grad is not None for leaf in leaves] == list(needs)
+    ((_, x, _, _, _, p, _, _, _, passed_need_dx),) = spy.calls
+    assert (passed_need_dx, x is not None, p is not None) == needs
+
+    computed = reference.backward(*spy.calls[0])
+    assert [g is not None for g in computed] == list(needs)
+    everything = reference.backward(
+        inputs.dy, inputs.x.detach(), inputs.weight, inputs.lora_a.detach(),
+        inputs.lora_b.detach(), _project(inputs, dropout_p), 0.75, dropout_p,
+        torch.tensor([1]) if dropout_p else None, True,
+    )  # fmt: skip
+    for leaf, full in zip(leaves, everything, strict=True):
+        if leaf.grad is not None:
+            assert torch.equal(leaf.grad, full)
+
+
+def _project(inputs: Inputs, dropout_p: float) -> Tensor:
+    x, weight, lora_a, lora_b, bias, *_ = (None if t is None else t.detach() for t in inputs)
+    seed = torch.tensor([1]) if dropout_p else None
+    return reference.forward(x, weight, lora_a, lora_b, bias, 0.75, dropout_p, seed)[1]
+
+
+def _saved(inputs: Inputs, **options: Any) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _call(inputs, **options)
+    return saved
+
+
+def _with_grad(inputs: Inputs, x: bool = True, a: bool = True, b: bool = True) -> Inputs:
+    return inputs._replace(
+        x=inputs.x.detach().requires_grad_(x),
+        lora_a=inputs.lora_a.detach().requires_grad_(a),
+        lora_b=inputs.lora_b.detach().requires_grad_(b),
+    )
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_training_saves_the_operands_p_and_the_seed(dropout_p: float) -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4, bias=True)))
+    saved = _saved(inputs, dropout_p=dropout_p, seed=1)
+    operands = {t.data_ptr() for t in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)}
+    extra = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in operands)
+    assert extra == ([(1,), (20, 4)] if dropout_p else [(20, 4)])
+    assert operands <= {t.data_ptr() for t in saved}
+
+
+def test_x_and_p_are_saved_only_for_their_gradients() -> None:
+    inputs = make_inputs(Case(20, 30, 40, 4))
+    shapes = {tuple(t.shape) for t in _saved(_with_grad(inputs, x=True, a=False, b=False))}
+    assert (20, 40) not in shapes
+    assert (20, 4) not in shapes
+    shapes = {tuple(t.shape) for t in _saved(_with_grad(inputs, x=False, a=False, b=True))}
+    assert (20, 40) not in shapes
+    assert (20, 4) in shapes
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_saved_without_grad(mode: Any) -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    with mode():
+        assert _saved(inputs) == []
+        y = _call(inputs)
+    assert not y.requires_grad
+    assert torch.equal(y, _call(inputs).detach())
+
+
+def test_nothing_is_saved_when_nothing_trains() -> None:
+    assert _saved(make_inputs(Case(20, 30, 40, 4))) == []
+
+
+# --- Promises ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_b_zero_is_the_frozen_layer_bit_for_bit(
+    dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float, bias: bool
+) -> None:
+    inputs = make_inputs(Case(33, 65, 129, 6, *dtypes, bias=bias))
+    y = _call(inputs._replace(lora_b=torch.zeros_like(inputs.lora_b)), dropout_p=dropout_p)
+    assert torch.equal(y, F.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_same_call_gives_the_same_bits(dropout_p: float) -> None:
+    inputs = _with_grad(make_inputs(Case(130, 96, 128, 16, bf16, fp32)))
+
+    def run() -> tuple[Tensor, ...]:
+        y = _call(inputs, dropout_p=dropout_p, seed=3)
+        return y, *torch.autograd.grad(y, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_a", "lora_b", "bias", "dy"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_nan_and_inf_propagate_as_in_eager_pytorch(
+    operand: str, value: float, dropout_p: float
+) -> None:
+    inputs = make_inputs(Case(9, 11, 13, 3, bias=True))
+    getattr(inputs, operand).view(-1)[5] = value
+    inputs = inputs._replace(seed=torch.tensor([4]))
+    leaves = _with_grad(inputs)
+    y = _call(leaves, dropout_p=dropout_p, seed=4)
+    grads = torch.autograd.grad(y, (leaves.x, leaves.lora_a, leaves.lora_b), inputs.dy)
+    eager = expected(Case(9, 11, 13, 3, dropout_p=dropout_p), inputs, fp32)
+    for name, got in zip(("y", "dx", "da", "db"), (y, *grads), strict=True):
+        want = eager[name]
+        assert torch.equal(got.isnan(), want.isnan()), name
+        infinite = want.isinf()
+        assert torch.equal(got.isinf(), infinite), name
+        assert torch.equal(got[infinite], want[infinite]), name
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40), (40,)])
+def test_dy_may_be_expanded(shape: tuple[int, ...]) -> None:
+    inputs = make_inputs(Case(6, 30, 40, 4))
+    x = inputs.x.flatten()[: torch.Size(shape).numel()].view(shape).requires_grad_()
+    y = _call(inputs._replace(x=x))
+    y.sum().backward()
+    ones = torch.ones(*shape[:-1], 30)
+    check(inputs._replace(x=x.detach(), dy=ones))
+    (dense,) = torch.autograd.grad(_call(inputs._replace(x=x)), x, ones)
+    assert x.grad.shape == shape
+    torch.testing.assert_close(x.grad, dense)
+
+
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_a", "lora_b"])
+def test_an_operand_modified_before_backward_raises(operand: str) -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    y = _call(inputs)
+    with torch.no_grad():
+        getattr(inputs, operand).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_of_gradients_raise() -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    (dx,) = torch.autograd.grad(_call(inputs).square().sum(), inputs.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
+        dx.square().sum().backward()
+
+
+def test_gradients_of_gradients_by_dy_raise() -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), a=False, b=False)
+    dy = inputs.dy.requires_grad_()
+    (dx,) = torch.autograd.grad(_call(inputs), inputs.x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
+        torch.autograd.grad(dx.sum(), dy)
+
+
+@pytest.mark.parametrize("wanted", ["lora_a", "lora_b"])
+def test_gradients_of_adapter_gradients_raise(wanted: str) -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), x=False)
+    (grad,) = torch.autograd.grad(_call(inputs).sum(), getattr(inputs, wanted), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_backward_twice_needs_retain_graph() -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    y = _call(inputs)
+    first = torch.autograd.grad(y, inputs.lora_a, inputs.dy, retain_graph=True)[0]
+    second = torch.autograd.grad(y, inputs.lora_a, inputs.dy)[0]
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y, inputs.lora_a, inputs.dy)
+
+
+def test_the_result_is_the_callers_to_write_to() -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    (plain,) = torch.autograd.grad(_call(inputs) * 2, inputs.x, inputs.dy)
+    (in_place,) = torch.autograd.grad(_call(inputs).mul_(2), inputs.x, inputs.dy)
+    assert torch.equal(plain, in_place)
+
+
+def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def backend(name: str) -> Backend:
+        def forward(*arguments: Any) -> Any:
+            ran.append(f"{name} forward")
+            return reference.forward(*arguments)
+
+        def backward(*arguments: Any) -> Any:
+            ran.append(f"{name} backward")
+            return reference.backward(*arguments)
+
+        return Backend(name, lambda problem: None, forward, backward)
+
+    monkeypatch.setattr(op, "BACKENDS", (backend("cuda"), backend("reference")))
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
+    _call(inputs).sum().backward()
+    _call(inputs, backend="reference").sum().backward()
+    assert ran == ["cuda forward", "cuda backward", "reference forward", "reference backward"]

@@ -46,11 +46,7 @@ def forward(
             keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
             dropped = x[rows.start : rows.stop] * keep
             p[rows.start : rows.stop] = _project(dropped, lora_a.t(), scaling / (1 - dropout_p))
-    if p.dtype == y.dtype:
-        y.addmm_(p, lora_b.t())
-    else:
-        y.addmm_(p.to(y.dtype), lora_b.to(y.dtype).t())
-    return y, p
+    return _add_product(y, p, lora_b.t()), p
 
 
 def backward(
@@ -81,9 +77,7 @@ def backward(
         dx = torch.mm(dy, weight)
     if seed is None:
         if dx is not None:
-            q_, a_ = q.to(dx.dtype), lora_a.to(dx.dtype)
-            # For few rows BLAS adds the R terms of the product onto dx one by one, each rounded.
-            dx = dx.add_(torch.mm(q_, a_)) if m < 8 else dx.addmm_(q_, a_)
+            _add_product(dx, q, lora_a)
         if x is not None:
             da = _correlate(q, x)
         return dx, da, db
@@ -140,6 +134,16 @@ def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
         block = wide[rows.start : rows.stop].to(skinny.dtype)
         out[rows.start : rows.stop].addmm_(block, skinny, beta=0, alpha=alpha)
     return out
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add `left·right` to `out` in place: [M,R]·[R,C] -> [M,C]."""
+    m, r = left.shape
+    if m <= r and (m < 8 or left.dtype != out.dtype):
+        # The product is no larger than `right`. Computed apart it needs no converted copy of that,
+        # and its terms are not rounded one by one onto `out`, as BLAS does for a few rows.
+        return out.add_(torch.mm(left, right))
+    return out.addmm_(left.to(out.dtype), right.to(out.dtype))
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:

@@ -1,0 +1,278 @@
+"""Fine-tune a language model with LoRA twice, by plain PEFT and fused, and compare the two.
+
+Both runs start from the same adapters and see the same batches. Two loss curves in one picture,
+a table and an adapter in PEFT's format are the result; plain PEFT then checks the adapter.
+"""
+
+import argparse
+import copy
+import itertools
+import re
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+import common
+import torch
+from torch import Tensor, nn
+
+
+class Run(NamedTuple):
+    """What one training run measured: loss per step, validation loss before and after, memory."""
+
+    losses: list[float]
+    validation: tuple[float, float]
+    peak_mib: float | None
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = common.Parser(__doc__, steps=30, out="runs/finetune")
+    parser.add_argument(
+        "--dropout",
+        type=common.PROBABILITY,
+        default=0.0,
+        help="on the adapters' input; above 0 the runs draw different masks, so losses differ",
+    )
+    args = parser.parse()
+
+    base, tokenizer = common.load_model(args)
+    batches, validation = common.split(tokenizer, args)
+    pristine = copy.deepcopy(base)  # for the last check
+    model = common.add_adapters(base, args, args.dropout).to(args.device)
+    describe(model, batches, validation, args)
+
+    from lora_kernels import peft
+
+    prompt = make_prompt(tokenizer, validation)
+    before = complete(model, tokenizer, prompt)
+    start = trainable_state(model)
+    plain = measure("plain PEFT", model, batches, validation, args)
+    restore(model, start)
+    report = peft.fuse(model)
+    if not report.fused:
+        common.fail(f"nothing could be fused:\n{report}")
+    fused = measure("fused", model, batches, validation, args)
+    after = complete(model, tokenizer, prompt)
+    speeds = compare_speed(model, batches[0])
+
+    print(f"\nlora_kernels.peft.fuse:\n{report}\n")
+    print(table(plain, fused, speeds, backends(model, report.fused, batches[0]), args))
+    print_completions(prompt, before, after)
+    picture, adapter = args.out / "losses.png", args.out / "adapter"
+    draw(plain, fused, picture)
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    check_adapter(model, pristine.to(args.device), adapter, validation[:1])
+    print(f"\nLoss curves: {picture}\nAdapter:     {adapter}")
+
+
+def describe(
+    model: nn.Module, batches: Tensor, validation: Tensor, args: argparse.Namespace
+) -> None:
+    """Say what is about to happen."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    steps, batch, length = batches.shape
+    print(
+        f"Model: {args.model}, {frozen / 1e6:.1f} M frozen parameters ({args.dtype}), "
+        f"{trained / 1e6:.2f} M trained ones (LoRA, rank {args.rank}), on {args.device}\n"
+        f"Text:  {args.text}; {steps} steps of "
+        f"{batch} x {length} tokens, validation on {validation.numel()} tokens held out\n"
+    )
+
+
+def measure(
+    label: str, model: nn.Module, batches: Tensor, validation: Tensor, args: argparse.Namespace
+) -> Run:
+    """Train, with a progress bar, and evaluate before and after."""
+    loss_before = common.evaluate(model, validation)
+    read_peak_mib = watch_peak(args.device)
+    losses = common.train(model, batches, args.learning_rate, f"{label:<10}")
+    peak_mib = read_peak_mib()
+    return Run(losses, (loss_before, common.evaluate(model, validation)), peak_mib)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every trainable parameter."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Write back what `trainable_state` copied."""
+    for name, parameter in model.named_parameters():
+        if name in state:
+            parameter.copy_(state[name])
+
+
+def watch_peak(device: torch.device) -> Callable[[], float | None]:
+    """Return a function that reads the peak memory from now on in MiB, None where it is unknown.
+
+    On a GPU it is what PyTorch allocates there; on the CPU what the process occupies (Linux only).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / 2**20
+    process = Path("/proc/self")
+    try:
+        (process / "clear_refs").write_text("5")  # restarts VmHWM, the high-water mark
+    except OSError:
+        return lambda: None
+    return lambda: int(re.findall(r"VmHWM:\s+(\d+)", (process / "status").read_text())[0]) / 2**10
+
+
+def compare_speed(model: nn.Module, tokens: Tensor, rounds: int = 5) -> list[float]:
+    """Return the tokens/s of forward and backward, plain and fused; leave `model` fused.
+
+    The two take turns, so that both meet the same state of the machine, after one turn that does
+    not count; each time is the median.
+    """
+    from lora_kernels import peft
+
+    model.train()
+    seconds: dict[Callable[[nn.Module], object], list[float]] = {peft.unfuse: [], peft.fuse: []}
+    for _ in range(1 + rounds):
+        for switch, times in seconds.items():
+            switch(model)
+            start = time.perf_counter()
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(time.perf_counter() - start)
+            model.zero_grad()
+    return [tokens.numel() / median(times[1:]) for times in seconds.values()]
+
+
+def backends(model: nn.Module, names: list[str], tokens: Tensor) -> str:
+    """Return the backends that `lora_linear` chooses for the layers `names` in a training step."""
+    from lora_kernels.dispatch import select
+    from lora_kernels.ops.lora_linear import BACKENDS, Problem
+
+    chosen = set()
+    for name in names:
+        layer = model.get_submodule(name)
+        weight, bias = layer.base_layer.weight, layer.base_layer.bias
+        adapter = layer.active_adapters[0]
+        dropout_p = getattr(layer.lora_dropout[adapter], "p", 0.0)
+        problem = Problem.of(tokens.numel(), weight, layer.lora_A[adapter].weight, bias, dropout_p)
+        chosen.add(select(BACKENDS, problem).name)
+    return ", ".join(sorted(chosen))
+
+
+def table(
+    plain: Run, fused: Run, speeds: list[float], backend: str, args: argparse.Namespace
+) -> str:
+    """Return the comparison as text."""
+    few = min(5, args.steps)
+
+    def column(run: Run, speed: float, runs_on: str) -> list[str]:
+        return [
+            *(f"{loss:.4f}" for loss in run.validation),
+            *(f"{mean(losses):.4f}" for losses in (run.losses[:few], run.losses[-few:])),
+            f"{speed:.0f}",
+            "unknown" if run.peak_mib is None else f"{run.peak_mib:.0f} MiB",
+            runs_on,
+        ]
+
+    labels = [
+        "validation loss at the start",
+        "validation loss at the end",
+        f"training loss, first {few} steps",
+        f"training loss, last {few} steps",
+        "tokens/s, forward and backward",
+        f"peak memory ({'GPU' if args.device.type == 'cuda' else 'whole process'})",
+        "LoRA layers computed by",
+    ]
+    columns = column(plain, speeds[0], "PEFT"), column(fused, speeds[1], backend)
+    rows = [("", "plain PEFT", "fused"), *zip(labels, *columns, strict=True)]
+    lines = [f"{label:<32}{left:>12}{right:>12}" for label, left, right in rows]
+    apart = max(abs(a - b) for a, b in zip(plain.losses, fused.losses, strict=True))
+    lines.append(f"{'largest difference in loss':<32}{apart:>24.1e}")
+    if args.dropout:
+        lines.append("(dropout: the runs draw different masks, so their losses are not the same)")
+    return "\n".join(lines)
+
+
+def make_prompt(tokenizer: Any, validation: Tensor, words: int = 12) -> str:
+    """Return the beginning of the first whole paragraph in the held-out windows."""
+    windows = [tokenizer.decode(tokens) for tokens in validation]
+    # A window begins in the middle of a paragraph: that one is left out.
+    paragraphs = [p.split() for window in windows for p in window.split("\n\n")[1:]]
+    return " ".join(next((p for p in paragraphs if len(p) > words), windows[0].split())[:words])
+
+
+@torch.no_grad()
+def complete(model: nn.Module, tokenizer: Any, prompt: str) -> str:
+    """Return the most likely continuation of `prompt`."""
+    model.eval()
+    tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    out = model.generate(
+        **tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    return tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def print_completions(prompt: str, before: str, after: str) -> None:
+    """Print a prompt from the held-out text and how the model goes on."""
+    texts = {"Prompt": prompt, "Before training": before, "After training": after}
+    for label, text in texts.items():
+        lines = (textwrap.wrap(line, 88) or [""] for line in text.strip("\n").split("\n"))
+        print(f"\n{label}:", *itertools.chain(*lines), sep="\n    ")
+
+
+def check_adapter(model: nn.Module, pristine: nn.Module, folder: Path, tokens: Tensor) -> None:
+    """Load the saved adapter into the untouched base model by plain PEFT, merge, compare logits.
+
+    The fused model may be at most twice as far from the merged one as unmerged PEFT is:
+    `max|fused - merged| <= 2 (max|PEFT - merged| + eps max|merged|)`.
+    """
+    from peft import PeftModel
+
+    @torch.no_grad()
+    def logits(of: nn.Module) -> Tensor:
+        return of.eval()(input_ids=tokens).logits.double()
+
+    fused, base = logits(model), logits(pristine)
+    reloaded = PeftModel.from_pretrained(pristine, folder)
+    unmerged, merged = logits(reloaded), logits(reloaded.merge_and_unload())
+    error, peft_error = ((x - merged).abs().max() for x in (fused, unmerged))
+    allowed = 2 * (peft_error + torch.finfo(pristine.dtype).eps * merged.abs().max())
+    print(
+        "\nThe saved adapter, loaded by plain PEFT into the untouched base model and merged:\n"
+        f"    it moves the logits by up to     {(merged - base).abs().max():.3g}\n"
+        f"    fused and merged logits differ by {error:.2e}  (allowed: {allowed:.2e})"
+    )
+    if not error <= allowed:
+        common.fail("the merged adapter does not reproduce the fused model")
+
+
+def draw(plain: Run, fused: Run, path: Path) -> None:
+    """Write both loss curves and their difference to a PNG file."""
+    pyplot = common.load_pyplot()
+    steps = range(1, len(plain.losses) + 1)
+    figure, (curves, apart) = pyplot.subplots(
+        2, sharex=True, figsize=(8, 6), height_ratios=(3, 1), layout="constrained"
+    )
+    curves.plot(steps, plain.losses, color="tab:orange", lw=5, alpha=0.45, label="plain PEFT")
+    curves.plot(steps, fused.losses, color="tab:blue", lw=1.3, label="fused (lora_kernels)")
+    smooth = [mean(fused.losses[max(i - 8, 0) : i]) for i in steps]
+    curves.plot(steps, smooth, color="tab:blue", lw=1, ls=":", label="fused, mean of 8 steps")
+    curves.plot((0, len(steps)), fused.validation, "kD", ms=6, label="validation before, after")
+    curves.set(
+        ylabel="loss (nats per token)", title="The same fine-tuning, by plain PEFT and fused"
+    )
+    curves.legend(frameon=False)
+    difference = [b - a for a, b in zip(plain.losses, fused.losses, strict=True)]
+    apart.axhline(0, color="grey", lw=0.8)
+    apart.plot(steps, difference, color="tab:blue", lw=1.3)
+    apart.set(xlabel="step", ylabel="fused − plain")
+    apart.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

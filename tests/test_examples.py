@@ -1,0 +1,213 @@
+"""The examples, run as a user runs them, on a tiny random model in a folder."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT = "".join(f"The number {i} is followed by the number {i + 1}. " for i in range(400))
+SMALL = ("--steps", "6", "--length", "16", "--rank", "4", "--learning-rate", "0.01")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<end>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example in this process; return its exit status, stdout and stderr."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(example, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{example}.py", *map(str, arguments)])
+        status = 0
+        try:
+            importlib.import_module(example).main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def numbers(stdout, label):
+    """Return the numbers in the line that begins with `label`."""
+    line = next(line for line in stdout.splitlines() if line.strip().startswith(label))
+    return [float(n) for n in re.findall(r"-?\d+\.?\d*(?:e[+-]?\d+)?", line.strip()[len(label) :])]
+
+
+def test_finetune(run, model_folder, text_file, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    status, stdout, stderr = run(
+        "finetune", "--model", model_folder, "--text", text_file, "--out", out, *SMALL
+    )
+    assert status == 0, stderr
+
+    for column in range(2):  # both runs learn
+        start = numbers(stdout, "validation loss at the start")[column]
+        assert numbers(stdout, "validation loss at the end")[column] < start - 0.05
+    (apart,) = numbers(stdout, "largest difference in loss")
+    assert apart < 1e-3
+    assert stdout.split("LoRA layers computed by")[1].split()[:2] == ["PEFT", "reference"]
+    assert "14 of 14 PEFT layers fused" in stdout
+
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 14
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    (moved,) = numbers(stdout, "it moves the logits by up to")
+    differ, allowed = numbers(stdout, "fused and merged logits differ by")
+    assert differ <= allowed < 1e-3 < 1e-2 < moved
+
+
+def test_finetune_fails_where_the_saved_adapter_is_not_the_trained_one(
+    run, model_folder, text_file, tmp_path, monkeypatch
+):
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    load = PeftModel.from_pretrained
+
+    def load_corrupted(base, folder):
+        path = folder / "adapter_model.safetensors"
+        state = load_file(path)
+        state[max(state)] *= 1.5
+        save_file(state, path)
+        return load(base, folder)
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", load_corrupted)
+    status, _, stderr = run(
+        "finetune", "--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL
+    )
+    assert status == 1
+    assert "does not reproduce the fused model" in stderr.splitlines()[-1]
+
+
+def test_finetune_with_dropout_says_that_the_runs_differ(run, model_folder, text_file, tmp_path):
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    status, stdout, stderr = run(
+        "finetune", *arguments, "--dropout", "0.2", "--targets", "q_proj,v_proj"
+    )
+    assert status == 0, stderr
+    assert "different masks" in stdout
+    assert "4 of 4 PEFT layers fused" in stdout
+
+
+def test_finetune_in_bfloat16(run, model_folder, text_file, tmp_path):
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    status, stdout, stderr = run("finetune", *arguments, "--dtype", "bfloat16")
+    assert status == 0, stderr
+    assert "torch.bfloat16" in stdout
+    (apart,) = numbers(stdout, "largest difference in loss")
+    assert apart < 0.05
+
+
+def test_initialisation(run, model_folder, text_file, tmp_path):
+    status, stdout, stderr = run(
+        "initialisation", "--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL
+    )
+    assert status == 0, stderr
+    assert (tmp_path / "initialisation.png").read_bytes().startswith(b"\x89PNG")
+    labels = "A random, B zero", "A zero, B random", "both zero", "both random"
+    lora, mirrored, dead, disturbed = (
+        dict(zip(("shift", "da", "db", "start", "end"), numbers(stdout, label), strict=True))
+        for label in labels
+    )
+    assert lora["shift"] == mirrored["shift"] == dead["shift"] == 0 < disturbed["shift"]
+    assert lora["da"] == 0 < lora["db"]
+    assert mirrored["db"] == 0 < mirrored["da"]
+    assert dead["da"] == dead["db"] == 0
+    assert min(disturbed["da"], disturbed["db"]) > 0
+    assert lora["start"] == mirrored["start"] == dead["start"] == dead["end"]
+    assert max(lora["end"], mirrored["end"]) < lora["start"] < disturbed["start"]
+    assert disturbed["end"] < disturbed["start"]
+
+
+@pytest.mark.parametrize("example", ["finetune", "initialisation"])
+def test_help_names_every_option(run, example):
+    status, stdout, _ = run(example, "--help")
+    assert status == 0
+    options = re.findall(r"^  --([a-z-]+) ", stdout, re.MULTILINE)
+    assert {"model", "text", "rank", "alpha", "targets", "steps", "batch"} <= set(options)
+    assert {"length", "learning-rate", "out", "seed", "device", "dtype"} <= set(options)
+    assert ("dropout" in options) == (example == "finetune")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "absent.txt"], "argument --text: cannot read absent.txt: No such file"),
+        (["--text", "EMPTY"], "is empty"),
+        (["--text", "SHORT", "--model", "MODEL"], "tokens; --length 64 needs at least 128"),
+        (["--text", "BINARY"], "is not UTF-8"),
+        (["--rank", "0"], "argument --rank: must be a whole number of at least 1, got 0"),
+        (["--rank", "two"], "argument --rank: must be a whole number of at least 1, got two"),
+        (["--steps", "-3"], "argument --steps: must be a whole number of at least 1, got -3"),
+        (["--alpha", "nan"], "argument --alpha: must be a number above 0, got nan"),
+        (["--dropout", "1"], "argument --dropout: must be a number in [0, 1), got 1"),
+        (["--learning-rate", "0"], "argument --learning-rate: must be a number above 0, got 0"),
+        (["--out", "EMPTY/results"], "argument --out: cannot write to "),
+        (["--model", "NOWHERE"], "argument --model: cannot load "),
+        (["--model", "MODEL", "--targets", "q_proj,z_proj"], "the model has no layer 'z_proj'"),
+        (["--model", "MODEL", "--targets", "input_layernorm"], "argument --targets: "),
+        (["--model", "MODEL", "--length", "999"], "argument --length: "),
+    ],
+)
+def test_mistakes_are_named_in_one_line(run, arguments, message, model_folder, tmp_path):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "short").write_text("too short")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "nowhere").mkdir()
+    names = {name.upper(): str(tmp_path / name) for name in ("empty", "short", "binary", "nowhere")}
+    names["MODEL"] = str(model_folder)
+    for name, path in names.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    status, _, stderr = run("finetune", "--out", tmp_path / "out", *arguments)
+    assert status == 2, stderr
+    assert message in stderr
+    assert len(stderr.splitlines()) == 1

@@ -1,0 +1,96 @@
+"""`python -m bench.tune --budget SECONDS`: time the Triton backend's candidates, print the best.
+
+What it prints is a table for `lora_kernels/ops/lora_linear/config.py`; nothing is tuned at run
+time. Wrong candidates are named and left out.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.cases import TABLES, BenchCase
+from bench.measure import attempt, call_of, operand_sets, time_calls
+from bench.providers import AGAIN, FROZEN, PROVIDERS, problem
+from bench.timing import Call
+from lora_kernels.ops.lora_linear import triton
+from lora_kernels.ops.lora_linear.config import TileConfig, candidates, fits, pick
+from lora_kernels.testing import check_backend
+
+# Enough for several tiles, one of them ragged; rows of x and W stay aligned for TMA.
+GATE_ROWS, GATE_FEATURES = 300, 512
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, one line for each case and direction, as it is measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("--budget", type=float, default=300, help="seconds (default: 300)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="timing per direction")
+    parser.add_argument("--table", choices=sorted(TABLES), default="gpu")
+    options = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    deadline = time.monotonic() + options.budget
+    print("TUNED = {  # (arch, M, N, K, R, itemsize, backward): × frozen, and that of the rule")
+    for bench_case in TABLES[options.table]:
+        if time.monotonic() > deadline:
+            print(f"    # no time left from {bench_case.name} on")
+            break
+        for line in tune(bench_case, device, options.seconds):
+            print(f"    {line}", flush=True)
+    print("}")
+    return 0
+
+
+def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterator[str]:
+    """Yield the table's lines for both directions of a case, and a comment for what fails."""
+    case = bench_case.case
+    facts = problem(case, device)
+    if reason := triton.BACKEND.why_not(facts):
+        yield f"# {bench_case.name}: {reason}"
+        return
+    sizes = {"m": GATE_ROWS, "n": GATE_FEATURES, "k": GATE_FEATURES}
+    gated = case._replace(**{name: min(getattr(case, name), most) for name, most in sizes.items()})
+    right = []
+    for config in (config for config in candidates(facts) if fits(config, facts)):
+        force(config)
+        if failed := attempt(check_backend, triton.BACKEND, gated, device):
+            yield f"# {config} {failed}"
+        else:
+            right.append(config)
+    if not right:
+        return
+    sets = operand_sets(case, device)
+    frozen, ours = (
+        [provider.build(operands, case) for operands in sets]
+        for provider in PROVIDERS
+        if provider.name in (FROZEN, f"lora_kernels.{triton.BACKEND.name}")
+    )
+    for backward, direction in enumerate(("forward", "backward")):
+        yardstick, call = (call_of(direction, layers, sets) for layers in (frozen, ours))
+        calls = {FROZEN: yardstick, AGAIN: yardstick}
+        calls |= {str(config): _forced(config, call) for config in right}
+        rows = time_calls(calls, device, seconds)
+        timed = {config: rows[str(config)].info["x_frozen"] for config in right}
+        best, ruled = min(timed, key=timed.__getitem__), pick(facts, backward=bool(backward))
+        key = facts.arch, case.m, case.n, case.k, case.r, case.dtype.itemsize, bool(backward)
+        yield f"{key}: {best},  # {timed[best]:.3f}, rule {timed.get(ruled, float('nan')):.3f}"
+
+
+def force(config: TileConfig) -> None:
+    """Make the backend use `config` from now on."""
+    triton.pick = lambda *_, **__: config  # type: ignore[assignment]
+
+
+def _forced(config: TileConfig, call: Call) -> Call:
+    def run(state: Any) -> object:
+        force(config)
+        return call.run(state)
+
+    return Call(call.prepare, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

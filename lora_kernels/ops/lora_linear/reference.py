@@ -15,6 +15,11 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.philox import GROUP, keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
 
+# Elements of a converted or masked block. On the CPU a block and what is computed from it stay in
+# the L2 cache; elsewhere launches are what costs.
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
+
 
 def why_not(problem: Problem) -> str | None:
     """Return None: the reference takes every valid problem."""
@@ -94,10 +99,6 @@ def backward(
     return dx, da, db
 
 
-# Elements of a converted or masked block. On the CPU a block and what is computed from it stay in
-# the L2 cache; elsewhere launches are what costs.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18}
-_BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 BACKEND = Backend("reference", why_not, forward, backward)
 
 
@@ -147,20 +148,15 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:
-    """Return `leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C].
-
-    The operand of the narrower dtype is converted one block of columns at a time.
-    """
+    """Return `leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C]."""
     if left.dtype == right.dtype:
         return torch.mm(left.t(), right)
+    (m, rows_out), columns_out = left.shape, right.shape[1]
     dtype = torch.promote_types(left.dtype, right.dtype)
-    out = left.new_empty(left.shape[1], right.shape[1], dtype=dtype)
-    narrow, other, out_by_column = (
-        (right, left, out.t()) if left.dtype == dtype else (left, right, out)
-    )
-    for columns in _blocks(narrow.shape[1], narrow.shape[0], left.device):
-        block = narrow[:, columns.start : columns.stop].to(dtype)
-        out_by_column[columns.start : columns.stop].addmm_(block.t(), other, beta=0)
+    out = left.new_zeros(rows_out, columns_out, dtype=dtype)
+    for rows in _blocks(m, max(rows_out, columns_out), left.device):
+        block = slice(rows.start, rows.stop)
+        out.addmm_(left[block].to(dtype).t(), right[block].to(dtype))
     return out
 
 

@@ -15,6 +15,7 @@ class Backend(NamedTuple):
 
     `why_not(problem)` is pure and needs no GPU: it returns the reason the backend cannot run
     `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
+    `forward` and `backward` do the work; an operator's `reference.py` documents their contract.
     """
 
     name: str
@@ -39,4 +40,7 @@ def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> 
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
+    if not reasons:
+        names = ", ".join(backend.name for backend in backends)
+        raise BackendUnavailable(f"there is no backend {requested!r}, only {names}")
     raise BackendUnavailable(f"no backend for {problem}: " + "; ".join(reasons))

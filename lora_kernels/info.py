@@ -9,9 +9,10 @@ import torch
 import lora_kernels
 from lora_kernels import extension
 from lora_kernels.ops.lora_linear import BACKENDS, Problem
+from lora_kernels.ops.lora_linear.problem import arch
+from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
-_bf16, _fp16, _fp32, _fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
 def main() -> None:
@@ -25,18 +26,24 @@ def _report() -> Iterator[str]:
     yield f"extension   {extension.why_absent() or 'loaded'}"
     yield f"CUDA        {torch.version.cuda or 'this PyTorch is a CPU build'}"
     for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        yield f"GPU {i}       {torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+        yield f"GPU {i}       {torch.cuda.get_device_name(i)} (sm_{arch(torch.device('cuda', i))})"
 
-    device, arch = "cpu", None
-    if torch.cuda.is_available():
-        device, arch = "cuda", 10 * major + minor
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     yield ""
-    yield f"lora_linear on {device}"
+    yield f"lora_linear on {device.type}"
     reasons: dict[str, int] = {}
     rows = [["x, W", "A, B", "dropout", *(backend.name for backend in BACKENDS)]]
-    for dtype, adapter_dtype, dropout in _SUPPORT:
-        problem = Problem(4096, 4096, 4096, 16, dtype, adapter_dtype, device, arch, dropout=dropout)
+    for dtype, adapter_dtype, dropout in (
+        (d, a, p) for d in DTYPES for a in adapter_dtypes(d) for p in (False, True)
+    ):
+        problem = Problem(
+            *(4096, 4096, 4096, 16),
+            dtype,
+            adapter_dtype,
+            device.type,
+            arch(device),
+            dropout=dropout,
+        )
         cells = []
         for backend in BACKENDS:
             reason = backend.why_not(problem)
@@ -45,20 +52,6 @@ def _report() -> Iterator[str]:
         rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])
     yield from _table(rows)
     yield from (f"[{note}] {reason}" for reason, note in reasons.items())
-
-
-_SUPPORT = tuple(
-    (dtype, adapter_dtype, dropout)
-    for dtype, adapter_dtype in (
-        (_bf16, _bf16),
-        (_bf16, _fp32),
-        (_fp16, _fp16),
-        (_fp16, _fp32),
-        (_fp32, _fp32),
-        (_fp64, _fp64),
-    )
-    for dropout in (False, True)
-)
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:

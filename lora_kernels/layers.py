@@ -31,6 +31,7 @@ class LoRALinear(nn.Module):
             (σ = 1/r) and zero B; both start as the frozen layer, bit for bit. False leaves both
             random, which disturbs the layer from the first step.
         device, dtype: of all parameters.
+        adapter_dtype: of A and B, if not dtype: fp32 keeps master copies beside a bf16 base.
 
     Raises:
         ValueError: r below 1, lora_dropout outside [0, 1) or an unknown init_lora_weights.
@@ -55,11 +56,14 @@ class LoRALinear(nn.Module):
         init_lora_weights: Initialisation = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"LoRALinear: r must be an integer of at least 1, got {r!r}")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1), got {lora_dropout}")
+        if not isinstance(lora_alpha, (int, float)):
+            raise ValueError(f"LoRALinear: lora_alpha must be a number, got {lora_alpha!r}")
+        if not isinstance(lora_dropout, (int, float)) or not 0 <= lora_dropout < 1:
+            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1), got {lora_dropout!r}")
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -71,8 +75,8 @@ class LoRALinear(nn.Module):
 
         frozen = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
         self.weight, self.bias = frozen.weight, frozen.bias
-        self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
-        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
+        self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features, dtype=adapter_dtype))
+        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r, dtype=adapter_dtype))
         self.reset_lora_parameters(init_lora_weights)
         # The weight as it was before merge(); a buffer, so that it moves with the module.
         self.register_buffer("_frozen_weight", None, persistent=False)
@@ -85,7 +89,13 @@ class LoRALinear(nn.Module):
             linear: the layer to adapt; W (N, K), bias (N,) or None.
             r: rank R.
             options: the keyword arguments of `LoRALinear`, less bias, device and dtype.
+
+        Raises:
+            TypeError: `linear` is not a plain `nn.Linear`, or an option that it decides.
+            ValueError: as `LoRALinear`.
         """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"from_linear takes a plain nn.Linear, got {type(linear).__qualname__}")
         fixed = {"bias", "device", "dtype"} & options.keys()
         if fixed:
             raise TypeError(f"from_linear takes {', '.join(sorted(fixed))} from the linear layer")
@@ -101,14 +111,14 @@ class LoRALinear(nn.Module):
         layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        layer.lora_A = nn.Parameter(layer.weight.new_empty(r, linear.in_features))
-        layer.lora_B = nn.Parameter(layer.weight.new_empty(linear.out_features, r))
+        layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=linear.weight.device))
+        layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=linear.weight.device))
         layer.reset_lora_parameters(options.get("init_lora_weights", True))
         return layer.train(linear.training)
 
     def reset_lora_parameters(self, init_lora_weights: Initialisation = True) -> None:
         """Draw A and B anew, as the class describes."""
-        if init_lora_weights not in (True, False, "gaussian"):
+        if init_lora_weights != "gaussian" and not isinstance(init_lora_weights, bool):
             raise ValueError(
                 "LoRALinear: init_lora_weights must be True, False or 'gaussian', "
                 f"got {init_lora_weights!r}"
@@ -199,6 +209,7 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Return the sizes and settings that `print` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, "

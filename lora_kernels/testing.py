@@ -109,6 +109,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         lora_b=draw(n, r, adapter_dtype, tall),
         bias=draw(2 if case.strided else 1, n, case.dtype, 1.0)[0] if case.bias else None,
         dy=draw(m, n, case.dtype, 1.0),
+        # Both halves of the key differ from zero.
         seed=torch.tensor([(7 << 33) + seed + 20]) if case.dropout_p > 0 else None,
     )
 
@@ -135,12 +136,14 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
         return
     got = actual.detach().to("cpu", fp64)
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements are not finite"
+    assert eager.shape == actual.shape, f"{name}: eager has shape {tuple(eager.shape)}"
     magnitude = reference64.abs().max()
     if actual.dtype == fp64:
         tolerance = 1e-12 * magnitude
     else:
         eager_error = (eager.detach().to("cpu", fp64) - reference64).abs().max()
         tolerance = 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
+        assert tolerance.isfinite(), f"{name}: eager itself overflows; choose a smaller case"
     error = (got - reference64).abs()
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.max() <= tolerance, (
@@ -170,7 +173,7 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
     Raises:
         AssertionError: on the first result of wrong shape, dtype or value.
     """
-    inputs = make_inputs(case, device)
+    inputs, pristine = make_inputs(case, device), make_inputs(case, device)
     x, weight, lora_a, lora_b, bias, dy, seed = inputs
     need_dx, need_da, need_db = case.needs
     with poisoned_memory():
@@ -181,7 +184,10 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
         )  # fmt: skip
 
     reference64 = expected(case, make_inputs(case), fp64)
-    eager = expected(case, inputs, case.dtype)
+    eager = expected(case, pristine, case.dtype)
+    for name, given, kept in zip(Inputs._fields, inputs, pristine, strict=True):
+        unchanged = given is kept is None or torch.equal(given, kept)
+        assert unchanged, f"{name} was written to in {case}"
     gradients = {
         name: (got, like)
         for name, got, like, needed in zip(

@@ -239,10 +239,11 @@ def test_a_frozen_operand_that_requires_grad_is_fine_under_no_grad(name: str) ->
         assert lora_linear(call.pop("x"), **call).shape == (M, N)
 
 
-@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
-def test_a_seed_is_not_looked_at_without_dropout(seed: Any) -> None:
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (1.5, TypeError), ("x", TypeError)])
+def test_a_bad_seed_shows_before_dropout_is_on(seed: Any, error: type[Exception]) -> None:
     call = good() | {"seed": seed}
-    assert lora_linear(call.pop("x"), **call).shape == (M, N)
+    with pytest.raises(error, match="seed"):
+        lora_linear(call.pop("x"), **call)
 
 
 def test_a_missing_scaling_is_pythons_own_error() -> None:

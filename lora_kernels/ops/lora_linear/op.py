@@ -8,10 +8,13 @@ from torch import Tensor
 
 from lora_kernels.dispatch import AUTO, select
 from lora_kernels.ops.lora_linear import cuda, reference, triton
+from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.ops.lora_linear.validate import seed_tensor, validate
+from lora_kernels.ops.lora_linear.validate import validate
 
-BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
+# "auto" takes the first that can run a call. Triton stands behind the reference, which can run any,
+# until a record of its tests passing on a GPU is in bench/results/; by name it runs today.
+BACKENDS = (cuda.BACKEND, reference.BACKEND, triton.BACKEND)
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _ops = torch.ops.lora_kernels
 _NAMES = (AUTO, *(backend.name for backend in BACKENDS))
@@ -60,23 +63,24 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
     are derived in the README.md beside this file.
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor):
-        device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            x, weight, bias = map(_autocast, (x, weight, bias))
-            with torch.autocast(device_type, enabled=False):
-                return lora_linear(
-                    x, weight, lora_a, lora_b, scaling, bias,
-                    dropout_p=dropout_p, seed=seed, backend=backend,
-                )  # fmt: skip
-    validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend, _NAMES)
+    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and _autocasts(x):
+        x, weight, bias = map(_autocast, (x, weight, bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(
+                x, weight, lora_a, lora_b, scaling, bias,
+                dropout_p=dropout_p, seed=seed, backend=backend,
+            )  # fmt: skip
+    validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
+    if backend != AUTO and not torch.compiler.is_compiling():
+        # A refusal must come before a seed is drawn; "auto" always finds a backend.
+        select(BACKENDS, Problem.of(_tokens(x), weight, lora_a, bias, dropout_p), backend)
     seed = seed_tensor(seed, x) if dropout_p > 0 else None
     call = _Call(float(scaling), float(dropout_p), backend)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
-        return _LoRALinear.apply(x, lora_a, lora_b, weight, bias, seed, call)
-    return _forward(x, lora_a, lora_b, weight, bias, seed, call)[0]
+        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, seed, call)
+    return _forward(x, weight, lora_a, lora_b, bias, seed, call)[0]
 
 
 class _Call(NamedTuple):
@@ -87,61 +91,63 @@ class _Call(NamedTuple):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
+        weight: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         seed: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        y, p = _forward(x, lora_a, lora_b, weight, bias, seed, call)
-        _, need_da, need_db, *_ = ctx.needs_input_grad
+        y, p = _forward(x, weight, lora_a, lora_b, bias, seed, call)
+        _, _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need_da else None, lora_a, lora_b, weight, seed, p if need_db else None
+            x if need_da else None, weight, lora_a, lora_b, p if need_db else None, seed
         )
         ctx.x_shape = x.shape
         ctx.call = call
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lora_a, lora_b, weight, seed, p = ctx.saved_tensors
-        need_dx, need_da, need_db, *_ = ctx.needs_input_grad
-        # With create_graph=True the gradients must not pass for constants.
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
+        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        # With create_graph=True the gradients must not pass for constants. `once_differentiable`
+        # would let them: it raises for what depends on dy, and these depend on x, A and B too.
         run = _NotTwiceDifferentiable.apply if torch.is_grad_enabled() else _backward
-        dx, da, db = run(dy, x, lora_a, lora_b, weight, seed, p, need_dx, ctx.call)
+        dx, da, db = run(dy, x, weight, lora_a, lora_b, p, seed, need_dx, ctx.call)
         return (
             dx.view(ctx.x_shape) if need_dx else None,
+            None,
             da if need_da else None,
             db if need_db else None,
-            *(None,) * 4,
+            *(None,) * 3,
         )
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _backward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise RuntimeError("lora_linear: double backward is not supported")
 
 
 def _forward(
     x: Tensor,
+    weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    weight: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
     call: _Call,
 ) -> tuple[Tensor, Tensor]:
-    run = _ops.lora_linear.default if _is_traced(x, lora_a, lora_b, weight) else _forward_impl
-    flat = x if x.dim() == 2 else _flatten(x)
+    run = _ops.lora_linear.default if _is_traced(x, weight, lora_a, lora_b) else _forward_impl
+    flat = _flatten(x)
     y, p = run(flat, weight, lora_a, lora_b, bias, call.scaling, call.dropout_p, seed, call.backend)
     return (y if flat is x else y.view(*x.shape[:-1], weight.shape[0])), p
 
@@ -149,29 +155,33 @@ def _forward(
 def _backward(
     dy: Tensor,
     x: Tensor | None,
+    weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
     p: Tensor | None,
+    seed: Tensor | None,
     need_dx: bool,
     call: _Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    traced = _is_traced(dy, lora_a, lora_b, weight)
+    traced = _is_traced(dy, weight, lora_a, lora_b)
     run = _ops.lora_linear_backward.default if traced else _backward_impl
     arguments = (
         _flatten(dy), None if x is None else _flatten(x), weight, lora_a, lora_b, p,
         call.scaling, call.dropout_p, seed, need_dx, call.backend,
     )  # fmt: skip
-    if not torch._C._is_any_autocast_enabled() or dy.is_meta:
-        return run(*arguments)
-    with torch.autocast(dy.device.type, enabled=False):
-        return run(*arguments)
+    if torch._C._is_any_autocast_enabled() and _autocasts(dy):
+        with torch.autocast(dy.device.type, enabled=False):
+            return run(*arguments)
+    return run(*arguments)
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _flatten(x: Tensor) -> Tensor:
     """View (..., K) as [M,K]; copies only where the leading strides cannot be merged."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(_tokens(x), x.shape[-1])
 
 
 def _is_traced(*tensors: Tensor) -> bool:
@@ -186,6 +196,12 @@ def _is_traced(*tensors: Tensor) -> bool:
     )
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Return whether autocast is on for x's device; some devices (meta) know no autocast."""
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(tensor: Any) -> Any:
     """Convert to the autocast dtype what torch itself would: floating tensors, except float64."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -196,7 +212,7 @@ def _autocast(tensor: Any) -> Any:
 
 
 # --- The operator boundary: one schema per direction, the same for every backend -----------------
-# Outputs that are not needed are empty tensors, so that the arity is fixed.
+# A gradient that is not needed is None in a backend and an empty tensor here: the arity is fixed.
 
 torch.library.define(
     "lora_kernels::lora_linear",
@@ -211,19 +227,45 @@ torch.library.define(
 )
 
 
-def _forward_impl(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+def _forward_impl(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     problem = Problem.of(x.shape[0], weight, lora_a, bias, dropout_p)
     chosen = select(BACKENDS, problem, backend)
     return chosen.forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
 
 
-def _backward_impl(  # type: ignore[no-untyped-def]
-    dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx, backend
-):
+def _backward_impl(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    p: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem.of(dy.shape[0], weight, lora_a, None, dropout_p)
     chosen = select(BACKENDS, problem, backend)
-    gradients = chosen.backward(dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx)
-    return tuple(dy.new_empty(0) if g is None else g for g in gradients)
+    dx, da, db = chosen.backward(
+        dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx
+    )
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        dy.new_empty(0) if da is None else da,
+        dy.new_empty(0) if db is None else db,
+    )
 
 
 torch.library.impl("lora_kernels::lora_linear", "default", _forward_impl)
@@ -231,15 +273,25 @@ torch.library.impl("lora_kernels::lora_linear_backward", "default", _backward_im
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
-def _forward_fake(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+def _forward_fake(x: Tensor, weight: Tensor, lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     m = x.shape[0]
     return x.new_empty(m, weight.shape[0]), lora_a.new_empty(m, lora_a.shape[0])
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
-def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx, backend
-):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    p: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         dy.new_empty(dy.shape[0], weight.shape[1]) if need_dx else dy.new_empty(0),
         dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),

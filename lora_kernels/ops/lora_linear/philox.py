@@ -75,3 +75,19 @@ def keep_mask(
     halves = packed.view(torch.int16).bitwise_xor_(-(2**15))
     skip = columns.start % GROUP
     return halves.flatten(1)[:, skip : skip + len(columns)] >= threshold(p) - 2**15
+
+
+def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:
+    """Return the seed as int64[1], drawn from torch's generator if it is None.
+
+    A draw comes from the CPU generator, which needs neither a launch nor a synchronisation, unless
+    x's device is recording a graph: then every replay must draw anew, on the device.
+    """
+    if isinstance(seed, Tensor):
+        return seed.reshape(1)
+    if seed is not None:
+        return torch.tensor([seed])
+    recording = torch.compiler.is_compiling() or (
+        x.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    return torch.randint(2**63 - 1, (1,), device=x.device if recording else "cpu")

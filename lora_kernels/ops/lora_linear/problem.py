@@ -12,7 +12,7 @@ class Problem(NamedTuple):
 
     M tokens, N out-features, K in-features, R rank. `dtype` is the storage of x, W, bias, y, dy
     and dx; `adapter_dtype` that of A, B, P, da and db. `arch` is the CUDA compute capability
-    times ten (90 on an H100), None off CUDA.
+    times ten, None off CUDA. The defaults are those of an H100.
     """
 
     m: int
@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     adapter_dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
-    arch: int | None = None
+    arch: int | None = 90
     bias: bool = False
     dropout: bool = False
 
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
             weight.dtype,
             lora_a.dtype,
             weight.device.type,
-            _arch(weight.device) if weight.is_cuda else None,
+            arch(weight.device),
             bias is not None,
             dropout_p > 0,
         )
@@ -68,6 +68,9 @@ class Problem(NamedTuple):
 
 
 @functools.cache
-def _arch(device: torch.device) -> int:
+def arch(device: torch.device) -> int | None:
+    """Return the CUDA compute capability times ten, None off CUDA."""
+    if device.type != "cuda":
+        return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -1,8 +1,9 @@
 """The fallback backend, as fast as plain PyTorch gets, and the oracle that judges every backend.
 
-Works on every device and floating dtype. The low-rank path is computed in the adapters' dtype, so
-fp32 adapters beside a bf16 base get fp32-accurate gradients. Where that or dropout would need a
-converted or masked copy of x or dy, the copy is made one cache-sized block at a time.
+Works on every device and floating dtype. P, Q, da and db are computed in the adapters' dtype, so
+fp32 adapters beside a bf16 base get fp32-accurate gradients; P·Bᵀ and Q·A are added in x's. Where
+that or dropout would need a converted or masked copy of x or dy, the copy is made one cache-sized
+block at a time.
 """
 
 from collections.abc import Iterator
@@ -131,7 +132,7 @@ def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
     out = skinny.new_empty(wide.shape[0], skinny.shape[1])
     if wide.dtype == skinny.dtype:
         return out.addmm_(wide, skinny, beta=0, alpha=alpha)
-    for rows in _blocks(*wide.shape, wide.device):
+    for rows in _blocks(wide.shape[0], wide.shape[1], wide.device):
         block = wide[rows.start : rows.stop].to(skinny.dtype)
         out[rows.start : rows.stop].addmm_(block, skinny, beta=0, alpha=alpha)
     return out

@@ -1,5 +1,6 @@
 """Every check on a call, before any work: one line that says what was got and what is accepted."""
 
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -17,18 +18,19 @@ def validate(
     scaling: Any,
     bias: Any,
     dropout_p: Any,
+    seed: Any,
     backend: Any,
     backends: tuple[str, ...],
 ) -> None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them."""
     tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
-    for name, tensor in zip(_NAMES, tensors):  # noqa: B905 (bias may be missing)
+    for name, tensor in zip(_NAMES, tensors, strict=False):  # there may be no bias
         if not isinstance(tensor, Tensor):
             _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
     _validate_shapes(x, weight, lora_a, lora_b, bias)
     _validate_dtypes(x, weight, lora_a, lora_b, bias)
     device = x.device
-    for name, tensor in zip(_NAMES, tensors):  # noqa: B905
+    for name, tensor in zip(_NAMES, tensors, strict=False):
         if tensor.device != device:
             _value_error(f"{name} must be on x's device {device}, got {tensor.device}")
     if torch.is_grad_enabled():
@@ -39,12 +41,14 @@ def validate(
                 )
                 _value_error(f"{name} is frozen here but requires grad; {hint}")
 
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+    if isinstance(scaling, bool) or not isinstance(scaling, Real):
         _type_error(f"scaling must be a number, got {type(scaling).__name__}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         _type_error(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         _value_error(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None:
+        _validate_seed(seed, device)
     if backend not in backends:
         _value_error(f"backend must be one of {', '.join(backends)}, got {backend!r}")
 
@@ -93,31 +97,16 @@ def adapter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
 
 
-def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:
-    """Return the seed as int64[1], drawn from torch's generator if it is None.
-
-    A draw comes from the CPU generator, which needs neither a launch nor a synchronisation, unless
-    x's device is recording a graph: then every replay must draw anew, on the device.
-
-    Raises:
-        TypeError, ValueError: a seed that `lora_linear` does not accept.
-    """
-    if seed is None:
-        recording = torch.compiler.is_compiling() or (
-            x.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        return torch.randint(2**63 - 1, (1,), device=x.device if recording else "cpu")
+def _validate_seed(seed: Any, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             _type_error(f"seed must be one int64, got {seed.numel()} of {_dtype(seed.dtype)}")
-        if seed.device != x.device and seed.device.type != "cpu":
-            _value_error(f"seed must be on x's device {x.device} or the cpu, got {seed.device}")
-        return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+        if seed.device != device and seed.device.type != "cpu":
+            _value_error(f"seed must be on x's device {device} or the cpu, got {seed.device}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
         _type_error(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
+    elif not 0 <= seed < 2**63:
         _value_error(f"seed must be in [0, 2**63), got {seed}")
-    return torch.tensor([seed])
 
 
 def _type_error(message: str) -> NoReturn:

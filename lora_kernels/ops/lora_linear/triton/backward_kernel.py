@@ -1,0 +1,165 @@
+"""The backward kernel: dx, da and db in one launch.
+
+`dx = dy·W + undrop(Q·A)`, `da = Qᵀ·drop(x)`, `db = dyᵀ·P`, where `Q = s·dy·B`.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.lora_linear.triton.primitives import (
+    ALL_READY,
+    DROP_DEPTH_IS_M,
+    KEEP_ALL,
+    READY,
+    contract,
+    finish,
+    keep_tile,
+    philox_key,
+    publish,
+    skinny,
+    store,
+    take_ticket,
+    tile,
+    wait,
+)  # fmt: skip
+
+
+@triton.jit
+def _q_item(
+    item, dy_ptr, dy_desc, b_ptr, q_ptr, workspace_ptr,
+    m, n, r, dy_m, dy_n, b_n, b_r, scale,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Write `Q[BM, BR] = scale·dy·B` and release the flag of its rows."""
+    row_block, rank_tile = skinny(item, tl.cdiv(r, BR))
+    row, rank = row_block * BM, rank_tile * BR
+    acc = contract(
+        tl.zeros((BM, BR), tl.float32), dy_ptr, b_ptr, dy_desc, None, row, rank, m, r, n,
+        dy_m, dy_n, b_n, b_r, 0, 0, 0, dy_ptr.dtype.element_ty, PRECISION, True, KEEP_ALL, BK,
+    )  # fmt: skip
+    store(q_ptr, acc * scale, row, rank, m, r, r, 1)
+    publish(workspace_ptr, row_block)
+
+
+@triton.jit
+def _low_rank(
+    acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Return `acc[BM, BN] + Q·A` once the Q of these rows is there."""
+    wait(workspace_ptr + READY + row // BM, tl.cdiv(r, BR), ticket, DEBUG)
+    return contract(
+        acc, q_ptr, a_ptr, None, None, row, col, m, k, r,
+        r, 1, a_r, a_k, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dx_tile(
+    item, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr, dx_ptr, workspace_ptr,
+    m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, threshold, key_low, key_high,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write `dx[BM, BN] = dy·W + undrop(Q·A)`.
+
+    Dropout masks Q·A alone, so that it must come first; else it comes last, when Q is long there.
+    """
+    OPERAND: tl.constexpr = dy_ptr.dtype.element_ty
+    row_block, column_block = tile(item, tl.cdiv(m, BM), tl.cdiv(k, BN), GROUP)
+    row, col = row_block * BM, column_block * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    if DROPOUT:
+        acc = _low_rank(
+            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+            OPERAND, PRECISION, DEBUG, BM, BR, BS,
+        )  # fmt: skip
+        keep = keep_tile(row + tl.arange(0, BM), col, threshold, key_low, key_high, BN)
+        acc = tl.where(keep, acc, 0.0)
+    acc = contract(
+        acc, dy_ptr, w_ptr, dy_desc, w_desc, row, col, m, k, n,
+        dy_m, dy_n, w_n, w_k, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BK,
+    )  # fmt: skip
+    if not DROPOUT:
+        acc = _low_rank(
+            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+            OPERAND, PRECISION, DEBUG, BM, BR, BS,
+        )  # fmt: skip
+    store(dx_ptr, acc, row, col, m, k, k, 1)
+
+
+@triton.jit
+def _gradient_item(
+    item, wide_ptr, wide_desc, narrow_ptr, out_ptr,
+    m, c, r, wide_m, wide_c, out_c, out_r, threshold, key_low, key_high,
+    PRECISION: tl.constexpr, DROP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Write `out[BK, BR] = wideᵀ·narrow`, summed over all of M in order: no other item adds to it.
+
+    db is `dyᵀ·P`; daᵀ is `drop(x)ᵀ·Q`, and the strides of `out` transpose it back.
+    """
+    column_block, rank_tile = skinny(item, tl.cdiv(r, BR))
+    acc = contract(
+        tl.zeros((BK, BR), tl.float32), wide_ptr, narrow_ptr, wide_desc, None,
+        column_block * BK, rank_tile * BR, c, r, m,
+        wide_c, wide_m, r, 1, threshold, key_low, key_high,
+        wide_ptr.dtype.element_ty, PRECISION, True, DROP, BM, L_FLIP=True,
+    )  # fmt: skip
+    store(out_ptr, acc, column_block * BK, rank_tile * BR, c, r, out_c, out_r)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_end", "db_end", "dx_end", "end", "m", "threshold", "key_low", "key_high",
+    ]
+)  # fmt: skip
+def lora_linear_backward(
+    dy_ptr, x_ptr, w_ptr, a_ptr, b_ptr, p_ptr, dx_ptr, da_ptr, db_ptr, q_ptr,
+    dy_desc, x_desc, w_desc, seed_ptr, workspace_ptr,
+    q_end, db_end, dx_end, end, m, n, k, r,
+    dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
+    scale, threshold, key_low, key_high,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Work off Q items, db items, dx tiles and da items by ticket; any number of CTAs.
+
+    p, q[M,R], dx[M,K], da[R,K] and db[N,R] are contiguous, every other operand may have any
+    strides. A gradient that is not needed has no tickets, and its pointer is not followed.
+    """
+    DROP: tl.constexpr = DROP_DEPTH_IS_M if DROPOUT else KEEP_ALL
+    key_low, key_high = philox_key(seed_ptr, key_low, key_high)
+    ticket = take_ticket(workspace_ptr)
+    while ticket < end:
+        if ticket < q_end:
+            _q_item(
+                ticket, dy_ptr, dy_desc, b_ptr, q_ptr, workspace_ptr,
+                m, n, r, dy_m, dy_n, b_n, b_r, scale, PRECISION, BM, BK, BR,
+            )  # fmt: skip
+        elif ticket < db_end:
+            _gradient_item(
+                ticket - q_end, dy_ptr, dy_desc, p_ptr, db_ptr,
+                m, n, r, dy_m, dy_n, r, 1, 0, 0, 0, PRECISION, KEEP_ALL, BM, BK, BR,
+            )  # fmt: skip
+        elif ticket < dx_end:
+            _dx_tile(
+                ticket - db_end, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr,
+                dx_ptr, workspace_ptr,
+                m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, threshold, key_low, key_high,
+                DROPOUT, PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
+            )  # fmt: skip
+        else:
+            wait(workspace_ptr + ALL_READY, q_end, ticket, DEBUG)
+            _gradient_item(
+                ticket - dx_end, x_ptr, x_desc, q_ptr, da_ptr,
+                m, k, r, x_m, x_k, 1, k, threshold, key_low, key_high,
+                PRECISION, DROP, BM, BK, BR,
+            )  # fmt: skip
+        ticket = take_ticket(workspace_ptr)
+    finish(workspace_ptr, tl.cdiv(m, BM))

@@ -1,0 +1,355 @@
+"""The Triton backend: its numbers, its compiled code for every GPU, its workspace; and on a GPU."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.lora_linear.config import SHARED_KIB, TileConfig, candidates, fits, pick
+from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.triton import workspace
+from lora_kernels.testing import CASES, Case, check_backend, make_inputs
+
+HERE = Path(__file__).parent
+ARCHS = (80, 86, 89, 90, 100, 120)
+bf16, fp32 = torch.bfloat16, torch.float32
+
+
+def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    """Run Python on `arguments` with or without Triton's interpreter."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": str(int(interpret)),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+# --- Numbers: the kernels in the interpreter ------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["small_blocks", "not small_blocks"])
+def test_the_kernels_are_right_in_the_interpreter(part: str) -> None:
+    done = python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-k", part, str(HERE / "triton_interpreted.py")),
+        interpret=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+# --- Compiled code, for GPUs that are not there ---------------------------------------------------
+
+
+def offline(jobs: list[dict[str, Any]], tmp_path: Path) -> list[dict[str, Any]]:
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = python(str(HERE / "triton_offline.py"), str(path), interpret=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
+def job(direction: str, problem: Problem, config: TileConfig, **more: Any) -> dict[str, Any]:
+    dtypes = {"dtype": problem.dtype, "adapter_dtype": problem.adapter_dtype}
+    return {
+        "kind": "compile",
+        "direction": direction,
+        "sizes": problem[:4],
+        **{name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
+        "arch": problem.arch,
+        "bias": problem.bias,
+        "dropout": problem.dropout,
+        "config": vars(config),
+        **more,
+    }
+
+
+def jobs_for(arch: int) -> Iterator[dict[str, Any]]:
+    """Every bf16 tile size that `pick` can choose on `arch`, and with the largest all that varies.
+
+    sm_86, sm_89 and sm_120 compile as sm_80 does, but for the shared memory: tile sizes suffice.
+    """
+    base = Problem(8192, 4096, 4096, 64, bias=True, arch=arch)
+    precise = base._replace(dtype=fp32, adapter_dtype=fp32)
+    mixed = base._replace(dtype=torch.float16, adapter_dtype=fp32)
+    for direction in ("forward", "backward"):
+        for config in candidates(base):
+            if fits(config, base):
+                yield job(direction, base, config)
+        if arch in (80, 90, 100):
+            for config in candidates(precise):
+                yield job(direction, precise, config)
+            yield job(direction, precise, pick(precise), tf32=True)
+            for change in ({"dropout": True}, {"r": 16}, {"r": 256}):
+                problem = base._replace(**change)  # type: ignore[arg-type]
+                yield job(direction, problem, pick(problem))
+            yield job(direction, mixed, pick(mixed))
+
+
+def mma_kind(arch: int, bm: int) -> str:
+    """The tensor-core instruction that a bf16 tile of height `bm` must compile to."""
+    if arch == 90 and bm >= 64:
+        return "HGMMA"
+    if arch == 100 and bm >= 64:
+        return "UTCHMMA"
+    return "HMMA"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_configuration_compiles_to_the_right_code(
+    arch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = list(jobs_for(arch))
+    with capsys.disabled():
+        print("\n       direction dtype     tile             br drop regs stack shared instr.")
+        for this, found in zip(jobs, offline(jobs, tmp_path), strict=True):
+            c = TileConfig(**this["config"])
+            tile = f"{c.bm:3}x{c.bn:3}x{c.bk:3}x{c.stages} w{c.warps} {c.br:3}"
+            usage = (found[key] for key in ("registers", "stack", "shared", "instructions"))
+            print(
+                f"sm_{arch:<3} {this['direction']:9} {this['dtype']:9} {tile} {this['dropout']:4}",
+                *(f"{value:5}" for value in usage),
+                *found["mma"],
+            )
+            check_code(arch, this, found, c)
+
+
+def check_code(arch: int, this: dict[str, Any], found: dict[str, Any], c: TileConfig) -> None:
+    assert found["shared"] <= SHARED_KIB[arch] * 1024
+    # Each release follows a barrier that follows the stores: Triton 3.6 does not see to it.
+    assert found["releases"]
+    assert all(found["releases"])
+    assert found["acquires"] == (1 if this["direction"] == "forward" else 2)
+    assert not found["traps"]
+    # The operands are what the design says: the interpreter's upcast never reaches the compiler.
+    assert found["dots"] == [
+        {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[this["dtype"]]
+    ]
+    assert found["tma"] == (arch >= 90 and this["dtype"] != "float32")
+    tensor_cores = this["dtype"] != "float32" or this.get("tf32", False)
+    assert bool(found["mma"]) == tensor_cores
+    # On sm_100 a few registers are short in a loop that makes a mask.
+    assert found["spills_beside_mma"] <= (16 if arch == 100 and this["dropout"] else 0)
+    if this["dtype"] != "float32":
+        assert any(i.startswith(mma_kind(arch, c.bm)) for i in found["mma"]), found["mma"]
+    # The rest is spilled outside the loops: addresses that wait for their item, a mask being made.
+    assert found["stack"] <= (450 if tensor_cores else 200)
+
+
+def test_sizes_and_scaling_do_not_compile_anew(tmp_path: Path) -> None:
+    ((variants),) = offline([{"kind": "variants", "arch": 90}], tmp_path)
+    assert variants == {"forward": 1, "backward": 1}
+
+
+def test_a_debug_build_traps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_DEBUG", "1")
+    problem = Problem(64, 64, 64, 16, arch=80)
+    jobs = [job(direction, problem, pick(problem)) for direction in ("forward", "backward")]
+    assert all(found["traps"] for found in offline(jobs, tmp_path))
+
+
+# --- Configurations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [*ARCHS, 75, 130, None])
+@pytest.mark.parametrize("m", [1, 17, 64, 500, 8192])
+def test_pick_gives_a_configuration_that_fits_anything(m: int, arch: int | None) -> None:
+    for dtype, r, (n, k) in itertools.product((bf16, fp32), (1, 64, 512), ((1, 1), (14336, 4096))):
+        problem = Problem(m, n, k, r, dtype, dtype, arch=arch)
+        for backward in (False, True):
+            config = pick(problem, backward=backward)
+            assert fits(config, problem)
+            assert config.bm == 16 or config.bm < 2 * m
+
+
+def test_large_problems_get_the_largest_tiles() -> None:
+    problem = Problem(8192, 4096, 4096, 16, arch=90)
+    config = pick(problem)
+    assert (config.bm, config.bn, config.br) == (128, 256, 16)
+    assert pick(problem._replace(arch=86)).bn == 128
+
+
+# --- Which problems it takes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "cpu"}, "needs a CUDA device"),
+        ({"device": "mps"}, "not mps"),
+        ({"arch": 75}, "8.0 or newer, not 7.5"),
+        ({"dtype": torch.float64}, "float64 is not supported"),
+        ({"m": 2**30}, "2\\*\\*30"),
+    ],
+)
+def test_why_not_names_the_reason(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    right = Problem(8, 8, 8, 8, arch=90)
+    assert backend.why_not(right) is None
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(backend.why_not(right._replace(**change)))
+
+
+@pytest.mark.parametrize(("version", "reason"), [(None, "not installed"), ((3, 5), "is older")])
+def test_why_not_names_a_missing_or_old_triton(
+    version: tuple[int, int] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_version", lambda: version)
+    assert reason in (backend.why_not(Problem(8, 8, 8, 8, arch=90)) or "")
+
+
+# --- The workspace, on a device that is played ----------------------------------------------------
+
+
+class Gpu:
+    """What `workspace` asks of torch.cuda, with a stream and a capture state to set."""
+
+    stream = 0
+    capturing = False
+    zeroed = 0
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    gpu = Gpu()
+
+    def zeroed(length: int, device: torch.device) -> torch.Tensor:
+        gpu.zeroed += 1
+        return torch.zeros(length, dtype=torch.int32)
+
+    cuda = SimpleNamespace(
+        is_current_stream_capturing=lambda: gpu.capturing,
+        current_stream=lambda device: SimpleNamespace(cuda_stream=gpu.stream),
+    )
+    monkeypatch.setattr(workspace, "_zeroed", zeroed)
+    monkeypatch.setattr(workspace, "_chunks", {})
+    monkeypatch.setattr(workspace, "_by_stream", {})
+    monkeypatch.setattr(workspace.torch, "cuda", cuda)
+    return gpu
+
+
+def span(words: torch.Tensor) -> range:
+    return range(words.data_ptr(), words.data_ptr() + 4 * words.numel())
+
+
+def test_a_stream_keeps_its_workspace_and_shares_it_with_no_other(gpu: Gpu) -> None:
+    device = torch.device("cuda", 0)
+    first = workspace.reserve(67, device)
+    assert first.numel() >= 67
+    assert span(workspace.reserve(60, device)) == span(first)
+    gpu.stream = 1
+    other = workspace.reserve(67, device)
+    assert not set(span(first)) & set(span(other))
+    assert gpu.zeroed == 1
+
+
+def test_each_captured_launch_gets_a_workspace_of_its_own_for_ever(gpu: Gpu) -> None:
+    device = torch.device("cuda", 0)
+    spans = [span(workspace.reserve(67, device))]
+    gpu.capturing = True
+    spans += [span(workspace.reserve(67, device)) for _ in range(1000)]
+    gpu.capturing = False
+    spans += [span(workspace.reserve(5000, device))]  # outgrows its slice
+    starts = sorted((s.start, s.stop) for s in spans)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(starts))
+    assert all(start % 128 == starts[0][0] % 128 for start, _ in starts)
+    assert gpu.zeroed == 1
+
+
+def test_a_chunk_outlives_its_last_visible_slice(gpu: Gpu) -> None:
+    device = torch.device("cuda", 0)
+    workspace.reserve(8, device)
+    gpu.capturing = True
+    captured = span(workspace.reserve(8, device))
+    gpu.capturing = False
+    workspace.reserve(workspace.CHUNK, device)  # a second chunk
+    assert gpu.zeroed == 2
+    held = [c.untyped_storage() for c in workspace._chunks[device]]
+    assert any(s.data_ptr() <= captured.start < s.data_ptr() + s.nbytes() for s in held)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_case_on_the_gpu(case: Case) -> None:
+    check_backend(backend.BACKEND, case, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_repeats_are_bitwise_equal_on_two_streams_and_few_ctas(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(1000, 1024, 768, 24, bf16, dropout_p=dropout_p)
+    runs = [Run(case, seed) for seed in (0, 1)]
+    right = [run() for run in runs]
+    streams = [torch.cuda.Stream() for _ in runs]
+    for ctas in (None, 1, 3):
+        if ctas:
+            monkeypatch.setattr(backend, "_ctas", lambda *_, ctas=ctas: ctas)
+        for _ in range(1000 if ctas is None else 20):
+            got = []
+            for run, stream in zip(runs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    got += run()
+            torch.cuda.synchronize()
+            assert all(map(torch.equal, got, itertools.chain(*right)))
+
+
+@pytest.mark.gpu
+def test_two_graphs_of_one_layer_replay_at_once() -> None:
+    run = Run(Case(1000, 1024, 768, 24, bf16), 0)
+    right = run()
+    graphs, results = [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(run())
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        run()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for got in results for a, b in zip(got, right, strict=True))
+
+
+@pytest.mark.gpu
+def test_one_kernel_per_direction_and_no_memset() -> None:
+    run = Run(Case(1000, 1024, 768, 24, bf16, bias=True), 0)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sorted(names) == ["lora_linear_backward", "lora_linear_forward"]
+
+
+class Run:
+    """One forward and backward on fixed inputs, giving y, dx, da and db."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case, self.inputs = case, make_inputs(case, "cuda", seed)
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        x, weight, a, b, bias, dy, seed = self.inputs
+        rest = self.case.scaling, self.case.dropout_p, seed
+        y, p = backend.forward(x, weight, a, b, bias, *rest)
+        return (y, *backend.backward(dy, x, weight, a, b, p, *rest, True))  # type: ignore[arg-type]

@@ -1,0 +1,321 @@
+"""The Triton kernels' numbers, in Triton's interpreter on the CPU; `test_triton.py` runs this file.
+
+It needs a process of its own: TRITON_INTERPRET=1 must be set before Triton is imported.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import lora_linear
+from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.lora_linear.config import TileConfig
+from lora_kernels.ops.lora_linear.philox import LOW, keep_mask
+from lora_kernels.ops.lora_linear.triton import (
+    backward_kernel,
+    forward_kernel,
+    primitives,
+    workspace,
+)
+from lora_kernels.testing import CASES, Case, check_backend, make_inputs
+
+# Small enough that every case has several blocks of everything.
+SMALL = TileConfig(32, 32, 32, warps=4, stages=2, br=16, group=2)
+# The rank loop's edges, several rank tiles, and a scaling of its own.
+RANKS = [
+    Case(40, 50, 60, r, scaling=0.1 * r, dropout_p=p)
+    for r, p in ((1, 0.0), (16, 0.5), (31, 0.0), (33, 0.2), (129, 0.0), (300, 0.3), (512, 0.0))
+]
+
+
+@pytest.fixture(autouse=True)
+def bounded_spins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a wait in vain fail, not hang, and let no test see another's workspace."""
+    monkeypatch.setenv("LORA_KERNELS_DEBUG", "1")
+    workspace._by_stream.clear()
+    workspace._chunks.clear()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "pick", lambda *_, **__: SMALL)
+
+
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    """Small blocks, loaded by tensor descriptors where the strides allow them."""
+    monkeypatch.setattr(backend, "_has_tma", lambda _: True)
+
+
+def case_id(case: Case) -> str:
+    dtypes = f"{case.dtype}-{case.adapter_dtype}".replace("torch.", "").replace("-None", "")
+    needs = "".join(name for name, need in zip(("dx", "da", "db"), case.needs, strict=True) if need)
+    return (
+        f"{case.m}x{case.n}x{case.k}r{case.r}-{dtypes}-p{case.dropout_p}-{needs}"
+        f"{'-bias' * case.bias}{'-strided' * case.strided}"
+    )
+
+
+@pytest.mark.parametrize("case", CASES[1::3], ids=case_id)
+def test_the_blocks_that_pick_chooses(case: Case) -> None:
+    check_backend(backend.BACKEND, case)
+
+
+@pytest.mark.parametrize("case", [*CASES, *RANKS], ids=case_id)
+def test_every_case_with_small_blocks(case: Case, described: None) -> None:
+    check_backend(backend.BACKEND, case)
+
+
+def test_the_workspace_is_left_zeroed(small: None) -> None:
+    check_backend(backend.BACKEND, Case(67, 131, 89, 20))
+    (words,) = workspace._by_stream.values()
+    assert words.numel() > 0
+    assert not words.any()
+
+
+def test_fp32_adapters_get_fp32_gradients_beside_bf16() -> None:
+    case = Case(65, 70, 127, 20, torch.bfloat16, torch.float32)
+    inputs = make_inputs(case)
+    x, weight, a, b, _, dy, _ = inputs
+    _, p = backend.forward(x, weight, a, b, None, 0.5, 0.0, None)
+    _, da, db = backend.backward(dy, x, weight, a, b, p, 0.5, 0.0, None, True)
+    x64, a64, b64, dy64 = (t.double() for t in (x, a, b, dy))
+    p64, q64 = 0.5 * x64 @ a64.T, 0.5 * dy64 @ b64
+    for got, right in ((p, p64), (da, q64.T @ x64), (db, dy64.T @ p64)):
+        assert got is not None
+        assert (got - right).abs().max() <= 2e-5 * right.abs().max()  # bf16 alone: 4e-3
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9999])
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, 2**63 - 1])
+def test_the_mask_is_the_references_bit_for_bit(p: float, seed: int) -> None:
+    m, k = 37, 70
+    key, ones = torch.tensor([seed]), torch.ones(m, k)
+    keep = keep_mask(key, p, range(m), range(k))
+    # W = 0 and A = B = identity: P is s·drop(x), dx is undrop(s·dy), and da[r,k] sums Q∘drop(x).
+    weight, eye = torch.zeros(k, k), torch.eye(k)
+    _, dropped = backend.forward(ones, weight, eye, eye, None, 1.0, p, key)
+    dx, da, _ = backend.backward(ones, ones, weight, eye, eye, None, 1.0, p, key, True)
+    assert torch.equal(dropped != 0, keep)
+    assert dx is not None
+    assert torch.equal(dx != 0, keep)
+    assert da is not None
+    torch.testing.assert_close(da * (1 - p), keep.sum(0).float().expand(k, k))
+
+
+@triton.jit
+def key_kernel(seed_ptr, out_ptr):  # type: ignore[no-untyped-def]
+    low, high = primitives.philox_key(seed_ptr, 0, 0)
+    tl.store(out_ptr, low.to(tl.int64))
+    tl.store(out_ptr + 1, high.to(tl.int64))
+
+
+def test_a_seed_in_device_memory_gives_the_same_key() -> None:
+    for seed in (20, 2**63 - 1, 2**40 + 2**31):
+        out = torch.zeros(2, dtype=torch.int64)
+        key_kernel[(1,)](torch.tensor([seed]), out)
+        assert out.tolist() == [seed & LOW, seed >> 32]
+
+
+def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(small: None) -> None:
+    x, weight, a, b, bias, _, _ = make_inputs(Case(40, 50, 60, 20, bias=True))
+    y, _ = backend.forward(x, weight, a, torch.zeros_like(b), bias, 3.0, 0.0, None)
+    frozen, _ = backend.forward(x, weight, 0 * a[:1], b[:, :1], bias, 1.0, 0.0, None)
+    assert torch.equal(y, frozen)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_row(value: float, described: None) -> None:
+    x, weight, a, b, _, _, _ = make_inputs(Case(40, 50, 60, 20))
+    x[17, 33] = value
+    y, p = backend.forward(x, weight, a, b, None, 1.0, 0.0, None)
+    bad = torch.arange(40) == 17
+    assert not y[bad].isfinite().any()
+    assert y[~bad].isfinite().all()
+    assert p[~bad].isfinite().all()
+
+
+def test_the_public_function_runs_on_it() -> None:
+    x, weight, a, b, bias, dy, _ = make_inputs(Case(24, 50, 60, 8, bias=True))
+    outcomes = []
+    for name in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        y = lora_linear(
+            leaves[0].view(2, 3, 4, 60),
+            weight,
+            *leaves[1:],
+            0.5,
+            bias,
+            dropout_p=0.3,
+            seed=7,
+            backend=name,
+        )
+        y.backward(dy.view(2, 3, 4, 50))
+        outcomes.append([y, *(leaf.grad for leaf in leaves)])
+    for got, right in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+# --- One launch -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for a kernel: keeps the arguments of each launch and computes nothing."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launches.append({"grid": grid, **options})
+
+
+class Operators(TorchDispatchMode):
+    """Records which PyTorch operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_launch_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, p: float, needs: tuple[int, int, int]
+) -> None:
+    case = Case(40, 50, 60, 20, bias=True, dropout_p=p, strided=True)
+    x, weight, a, b, bias, dy, seed = make_inputs(case)
+    forward, backward = Recorder(), Recorder()
+    monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
+    monkeypatch.setattr(backward_kernel, "lora_linear_backward", backward)
+    workspace.reserve(64, x.device)  # made once per stream
+    with Operators() as operators:
+        _, saved = backend.forward(x, weight, a, b, bias, 1.0, p, seed)
+        x_, saved_ = x if needs[1] else None, saved if needs[2] else None
+        backend.backward(dy, x_, weight, a, b, saved_, 1.0, p, seed, bool(needs[0]))
+    assert (len(forward.launches), len(backward.launches)) == (1, 1)
+    # Allocations, and the seed read off the CPU; no copy, no fill, no arithmetic.
+    assert operators.names <= {"new_empty", "_local_scalar_dense", "item"}
+
+
+def test_nothing_to_do_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Recorder()
+    monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
+    x, weight, a, b, bias, dy, _ = make_inputs(Case(0, 5, 7, 3))
+    backend.forward(x, weight, a, b, bias, 1.0, 0.0, None)
+    assert backend.backward(dy, None, weight, a, b, None, 1.0, 0.0, None, False) == (
+        None,
+        None,
+        None,
+    )
+    assert forward.launches == []
+
+
+def test_fp32_products_honour_torchs_tf32_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Recorder()
+    monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
+    x, weight, a, b, _, _, _ = make_inputs(Case(4, 5, 7, 3))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            backend.forward(x, weight, a, b, None, 1.0, 0.0, None)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert [launch["PRECISION"] for launch in forward.launches] == ["ieee", "tf32"]
+
+
+# --- Mutants of the kernels: each is one wrong function in place of a right one -------------------
+
+Wrong = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def with_argument(index: int, change: Callable[[Any], Any]) -> Wrong:
+    """Change one positional argument of each call."""
+
+    def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return right(*args[:index], change(args[index]), *args[index + 1 :], **kwargs)
+
+        return call
+
+    return wrong
+
+
+def result(change: Callable[..., Any]) -> Wrong:
+    """Change what is returned."""
+    return lambda right: lambda *args, **kwargs: change(right(*args, **kwargs))
+
+
+def nothing(right: Callable[..., Any]) -> Callable[..., None]:
+    return lambda *_, **__: None
+
+
+def skipped_last_rows(right: Callable[..., Any]) -> Callable[..., Any]:
+    """`store` leaves out the last block of rows."""
+
+    def store(out: Any, acc: Any, row: Any, col: Any, rows: Any, *rest: Any) -> None:
+        if not row + acc.shape[0] >= rows:
+            right(out, acc, row, col, rows, *rest)
+
+    return store
+
+
+DEPTH, SCALE = 9, 13  # positions among the arguments of `contract`; of `_p_item` and `_q_item`
+MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
+    "zeros forward": (forward_kernel, "store", with_argument(1, lambda acc: acc * 0.0)),
+    "zeros backward": (backward_kernel, "store", with_argument(1, lambda acc: acc * 0.0)),
+    "last row block unwritten forward": (forward_kernel, "store", skipped_last_rows),
+    "last row block unwritten backward": (backward_kernel, "store", skipped_last_rows),
+    "second rank tile of P ignored": (forward_kernel, "skinny", result(lambda t: (t[0], t[1] * 0))),
+    "second rank tile backward": (backward_kernel, "skinny", result(lambda t: (t[0], t[1] * 0))),
+    "depth short forward": (forward_kernel, "contract", with_argument(DEPTH, lambda d: d - 1)),
+    "depth short backward": (backward_kernel, "contract", with_argument(DEPTH, lambda d: d - 1)),
+    "first column block twice": (forward_kernel, "tile", result(lambda t: (t[0], t[1] * 0))),
+    "first dx block twice": (backward_kernel, "tile", result(lambda t: (t[0] * 0, t[1]))),
+    "P unscaled": (forward_kernel, "_p_item", with_argument(SCALE, lambda s: s * 0 + 1)),
+    "Q unscaled": (backward_kernel, "_q_item", with_argument(SCALE, lambda s: s * 0 + 1)),
+    "mask of dx off by a row": (backward_kernel, "keep_tile", with_argument(0, lambda r: r + 1)),
+    "mask of P and da off by a group": (primitives, "keep_tile", with_argument(1, lambda c: c + 8)),
+    "mask inverted": (primitives, "keep_tile", result(lambda keep: keep == 0)),
+    "another seed forward": (forward_kernel, "philox_key", result(lambda k: (k[1], k[0]))),
+    "another seed backward": (backward_kernel, "philox_key", result(lambda k: (k[1], k[0]))),
+    "workspace never cleared": (forward_kernel, "finish", nothing),
+}  # fmt: skip
+JUDGES = (Case(40, 50, 60, 20, dropout_p=0.5, bias=True), Case(40, 50, 60, 20))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mutant_is_killed(name: str, monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    module, attribute, wrong = MUTANTS[name]
+    monkeypatch.setattr(module, attribute, wrong(getattr(module, attribute)))
+    with pytest.raises(AssertionError):
+        check_judges()
+
+
+@pytest.mark.parametrize("module", [forward_kernel, backward_kernel])
+def test_a_wait_in_vain_is_reported(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    small: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check_judges()
+    assert "waits in vain" not in capsys.readouterr().out
+    monkeypatch.setattr(module, "publish", lambda *_: None)
+    check_judges()
+    assert "lora_linear waits in vain, item" in capsys.readouterr().out
+
+
+def check_judges() -> None:
+    for case in JUDGES:
+        check_backend(backend.BACKEND, case)

@@ -7,13 +7,18 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
-.PHONY: demo test lint format clean help
+RESULTS ?= runs/gpu
+
+.PHONY: demo initialisation test lint format bench bench-compare gpu gpu-quick clean help
 
 help:  ## Show the commands.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
 demo: $(READY)  ## Fine-tune a real language model, plain PEFT against fused (TEXT=path for your own text).
 	$(RUN) examples/finetune.py $(if $(TEXT),--text "$(TEXT)")
+
+initialisation: $(READY)  ## Show on the same model why A starts random and B at zero.
+	$(RUN) examples/initialisation.py
 
 test: $(READY)  ## Run every test this machine can run.
 	$(RUN) -m pytest -q -n 2
@@ -22,11 +27,22 @@ lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(if $(wildcard csrc),$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -name '*.c*' -o -name '*.h'))
 
 format: $(READY)  ## Rewrite the sources in the project's style.
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
+
+bench: $(READY)  ## Measure LoRA on this machine, against PEFT and plain PyTorch (K="selection").
+	$(RUN) -m bench $(if $(K),-k "$(K)")
+
+bench-compare: $(READY)  ## Fail if this tree is slower than BASE, a results file or a commit.
+	$(RUN) -m bench.compare $(BASE) $(NEW) $(if $(K),-k "$(K)")
+
+gpu:  ## On a GPU machine, offline: build, test, benchmark, sanitize; all of it goes to RESULTS.
+	$(PYTHON) -m bench.gpu $(RESULTS)
+
+gpu-quick:  ## On a GPU machine, offline: build and test alone.
+	$(PYTHON) -m bench.gpu $(RESULTS) --quick
 
 clean:  ## Remove what the commands above made.
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,4 @@
-"""One-launch LoRA linear layers: `lora_linear`, `LoRALinear`, and `lora_kernels.peft.fuse`.
+"""LoRA linear layers as one operator: `lora_linear`, `LoRALinear`, `lora_kernels.peft.fuse`.
 
 Importing this package touches no GPU and imports neither Triton nor the compiled extension.
 """

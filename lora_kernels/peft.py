@@ -276,6 +276,8 @@ def _tensors_why_not(layer: Linear, operands: _Operands, x: Tensor | None) -> st
     ):
         if type(tensor) not in _TENSOR:
             return f"{part} is a {_kind(tensor)}, not a plain tensor"
+    if x.is_nested:
+        return "x is a nested tensor"
     if weight.requires_grad:
         return "base weight is trainable"
     if bias is not None and bias.requires_grad:

@@ -186,8 +186,8 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
     reference64 = expected(case, make_inputs(case), fp64)
     eager = expected(case, pristine, case.dtype)
     for name, given, kept in zip(Inputs._fields, inputs, pristine, strict=True):
-        unchanged = given is kept is None or torch.equal(given, kept)
-        assert unchanged, f"{name} was written to in {case}"
+        if given is not None and kept is not None:
+            assert torch.equal(given, kept), f"{name} was written to in {case}"
     gradients = {
         name: (got, like)
         for name, got, like, needed in zip(

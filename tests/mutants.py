@@ -291,6 +291,14 @@ def _each_direction() -> Iterator[tuple[str, Mutant]]:
                 yield f"{direction}: {what} in {name}", given(change, name)
 
 
+def _overwriting(name: str) -> Callable[[Tensor, Any], Tensor]:
+    def change(tensor: Tensor, call: Any) -> Tensor:
+        getattr(call, name).zero_()
+        return tensor
+
+    return change
+
+
 MUTANTS: dict[str, Mutant] = {
     **dict(_each_output()),
     **dict(_each_direction()),
@@ -370,6 +378,9 @@ MUTANTS: dict[str, Mutant] = {
     "p unwritten for no in-features": returned("p", _where(lambda c: c.weight.shape[1] == 0)),
     "dx unwritten for no out-features": returned("dx", _where(lambda c: c.weight.shape[0] == 0)),
     "da unwritten for no out-features": returned("da", _where(lambda c: c.weight.shape[0] == 0)),
+    "y right, x overwritten": returned("y", _overwriting("x")),
+    "dx right, dy overwritten": returned("dx", _overwriting("dy")),
+    "db right, B overwritten": returned("db", _overwriting("lora_b")),
     "needed dx not returned": returned("dx", lambda t, c: None),
     "needed da not returned": returned("da", lambda t, c: None),
     "needed db not returned": returned("db", lambda t, c: None),

@@ -1,6 +1,7 @@
 """A bad call raises one line that says what was got and what is accepted, before any work."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import pytest
@@ -179,6 +180,9 @@ BAD_CALLS = [
     (changed(backend=None), ValueError, f"{BACKEND_NAMES}, got None"),
     (changed(backend=0), ValueError, f"{BACKEND_NAMES}, got 0"),
     (changed(backend=["auto"]), ValueError, f"{BACKEND_NAMES}, got ['auto']"),
+    (changed(scaling=math.inf), ValueError, "scaling must be finite in fp32, got inf"),
+    (changed(scaling=1e39), ValueError, "scaling must be finite in fp32, got 1e+39"),
+    (changed(backend="cuda", dropout_p=0.5), BackendUnavailable, "no backend for lora_linear M=5"),
     (changed(backend="cuda"), BackendUnavailable, "no backend for lora_linear M=5 N=6 K=7 R=3"),
     (changed(backend="triton"), BackendUnavailable, "no backend for lora_linear M=5 N=6 K=7 R=3"),
 ]

@@ -390,3 +390,32 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
     _call(inputs).sum().backward()
     _call(inputs, backend="reference").sum().backward()
     assert ran == ["cuda forward", "cuda backward", "reference forward", "reference backward"]
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8)], ids=str)
+def test_the_output_may_be_modified_in_place(shape: tuple[int, ...]) -> None:
+    inputs = make_inputs(Case(1, 6, 8, 3))
+    x = torch.ones(shape, requires_grad=True)
+    y = lora_linear(x, inputs.weight, inputs.lora_a, inputs.lora_b, 0.75)
+    expected = torch.autograd.grad(y.relu().sum(), x, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y.relu_().sum(), x)[0], expected[0])
+
+
+def test_fp32_adapters_beside_a_16_bit_base_err_like_fp32() -> None:
+    """Two rank terms cancel: rounding P or B to bf16 would leave an error of a hundred eps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 64, generator=generator).to(bf16)
+    row = torch.randn(1, 64, generator=generator)
+    lora_a = torch.cat([row, -row + 1e-3 * torch.randn(1, 64, generator=generator)])
+    lora_b, weight = torch.full((64, 2), 10.0), torch.zeros(64, 64, dtype=bf16)
+    exact = x.double() @ lora_a.double().T @ lora_b.double().T
+    eager = ((x.float() @ lora_a.T) @ lora_b.T).to(bf16)
+    assert_accurate("y", lora_linear(x, weight, lora_a, lora_b, 1.0), exact, eager)
+
+
+def test_a_seed_ignores_the_default_device() -> None:
+    inputs = make_inputs(Case(4, 6, 8, 3))
+    call = (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b, 0.75)
+    with torch.device("meta"):
+        y = lora_linear(*call, dropout_p=0.5, seed=3)
+    assert torch.equal(y, lora_linear(*call, dropout_p=0.5, seed=3))

@@ -65,6 +65,8 @@ def lora_linear(
     """
     if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and _autocasts(x):
         x, weight, bias = map(_autocast, (x, weight, bias))
+        if isinstance(lora_a, Tensor) and lora_a.dtype != torch.float32:
+            lora_a, lora_b = map(_autocast, (lora_a, lora_b))
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
                 x, weight, lora_a, lora_b, scaling, bias,
@@ -149,7 +151,10 @@ def _forward(
     run = _ops.lora_linear.default if _is_traced(x, weight, lora_a, lora_b) else _forward_impl
     flat = _flatten(x)
     y, p = run(flat, weight, lora_a, lora_b, bias, call.scaling, call.dropout_p, seed, call.backend)
-    return (y if flat is x else y.view(*x.shape[:-1], weight.shape[0])), p
+    if flat is not x:
+        # Not a view for autograd: the caller may modify what a layer returns in place.
+        y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+    return y, p
 
 
 def _backward(

@@ -86,7 +86,7 @@ def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     if seed is not None:
-        return torch.tensor([seed])
+        return torch.tensor([seed], device="cpu")  # whatever the default device is
     recording = torch.compiler.is_compiling() or (
         x.is_cuda and torch.cuda.is_current_stream_capturing()
     )

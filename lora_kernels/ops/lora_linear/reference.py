@@ -1,9 +1,8 @@
 """The fallback backend, as fast as plain PyTorch gets, and the oracle that judges every backend.
 
-Works on every device and floating dtype. P, Q, da and db are computed in the adapters' dtype, so
-fp32 adapters beside a bf16 base get fp32-accurate gradients; P·Bᵀ and Q·A are added in x's. Where
-that or dropout would need a converted or masked copy of x or dy, the copy is made one cache-sized
-block at a time.
+Works on every device and floating dtype. The low-rank path is computed in the adapters' dtype, so
+fp32 adapters beside a bf16 base err like fp32, as in PEFT. Where that or dropout would need a
+converted or masked copy of x, y or dy, it is made one cache-sized block at a time.
 """
 
 from collections.abc import Iterator
@@ -139,13 +138,15 @@ def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add `left·right` to `out` in place: [M,R]·[R,C] -> [M,C]."""
-    m, r = left.shape
-    if m <= r and (m < 8 or left.dtype != out.dtype):
-        # The product is no larger than `right`. Computed apart it needs no converted copy of that,
-        # and its terms are not rounded one by one onto `out`, as BLAS does for a few rows.
-        return out.add_(torch.mm(left, right))
-    return out.addmm_(left.to(out.dtype), right.to(out.dtype))
+    """Add `left·right` to `out` in place, computed in their own dtype: [M,R]·[R,C] -> [M,C]."""
+    m, c = out.shape
+    # For a few rows BLAS would add the R terms to `out` one by one, each rounded.
+    if left.dtype == out.dtype and (m >= 8 or m > left.shape[1]):
+        return out.addmm_(left, right)
+    for rows in _blocks(m, c, out.device):
+        block = slice(rows.start, rows.stop)
+        out[block].add_(torch.mm(left[block], right))
+    return out
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:

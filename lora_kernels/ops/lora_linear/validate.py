@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_FP32_MAX = torch.finfo(torch.float32).max
 _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
@@ -41,9 +42,11 @@ def validate(
                 )
                 _value_error(f"{name} is frozen here but requires grad; {hint}")
 
-    if isinstance(scaling, bool) or not isinstance(scaling, Real):
+    if not _is_number(scaling):
         _type_error(f"scaling must be a number, got {type(scaling).__name__}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+    if not abs(scaling) <= _FP32_MAX:
+        _value_error(f"scaling must be finite in fp32, got {scaling}")
+    if not _is_number(dropout_p):
         _type_error(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         _value_error(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -107,6 +110,10 @@ def _validate_seed(seed: Any, device: torch.device) -> None:
         _type_error(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     elif not 0 <= seed < 2**63:
         _value_error(f"seed must be in [0, 2**63), got {seed}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _type_error(message: str) -> NoReturn:

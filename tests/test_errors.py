@@ -1,7 +1,7 @@
 """A bad call raises one line that says what was got and what is accepted, before any work."""
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest

@@ -21,3 +21,15 @@ def why_absent() -> str | None:
     if isinstance(loaded, ModuleNotFoundError):
         return "the CUDA extension lora_kernels._C is not built"
     return f"the CUDA extension lora_kernels._C does not load: {loaded}"
+
+
+def load() -> ModuleType:
+    """Return the compiled extension.
+
+    Raises:
+        ImportError: it is not built or does not load; `why_absent` says which.
+    """
+    loaded = _load()
+    if isinstance(loaded, ImportError):
+        raise loaded
+    return loaded

@@ -1,16 +1,160 @@
-"""The CUDA C++ backend (Hopper): not part of this version; asking for it by name says so."""
+"""The CUDA C++ backend for Hopper (sm_90a): one launch forward and one backward, through TMA.
 
+Importing this module loads no extension; `csrc/lora_linear` holds the kernels, README.md the design.
+"""
+
+import functools
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lora_kernels import extension
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.workspace import workspace
+
+# What "auto" waits for: the GPU tests' record, as a file under bench/results/.
+DEVICE_RECORD: str | None = None
+
+ROWS = 128  # of a block that shares a flag
+_WORDS = 3  # of the workspace besides the flags: ticket, finished CTAs, items ready in all
+_ALIGNMENT = 16  # bytes, of what TMA reads and writes: addresses and row pitches
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def why_not(problem: Problem) -> str | None:
     """Return why this backend cannot run `problem`."""
-    return "not part of this version yet"
+    p = problem
+    if p.device != "cuda":
+        return f"it needs a CUDA device, not {p.device}"
+    if p.arch is not None and p.arch != 90:
+        return f"it needs compute capability 9.0, not {p.arch / 10}"
+    if p.dtype not in _DTYPES:
+        return f"{p.dtype} is not supported, only bfloat16 and float16".replace("torch.", "")
+    if p.adapter_dtype != p.dtype:
+        return f"adapters must have x's dtype, not {p.adapter_dtype}".replace("torch.", "")
+    for name, size in (("K", p.k), ("N", p.n), ("R", p.r)):
+        if size % (_ALIGNMENT // p.dtype.itemsize) != 0:
+            return f"TMA needs rows of a multiple of 16 bytes: {name}={size} is no multiple of 8"
+    if min(p.m, p.n, p.k) == 0:
+        return "an empty problem is not supported"
+    if max(p.m, p.n, p.k, p.r) >= 2**31 - 256:
+        return "a size of nearly 2**31 or more is not supported"
+    return extension.why_absent()
 
 
-def _absent(*_: object) -> None:
-    raise NotImplementedError("the CUDA backend is not part of this version yet")
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ`; arguments as `reference.forward`.
+
+    An operand whose rows TMA cannot address (columns apart, or a pitch or address that is no
+    multiple of 16 bytes) is copied first.
+    """
+    _warn_once()
+    (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
+    x, weight, lora_a, lora_b = map(_addressable, (x, weight, lora_a, lora_b))
+    bias = None if bias is None else bias.contiguous()
+    y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
+    flags = workspace(_WORDS + -(-m // ROWS), x.device)
+    with _device(x):
+        extension.load().lora_linear_forward(
+            x.dtype == torch.bfloat16, m, n, k, r,
+            _matrix(x), _matrix(weight), _matrix(lora_a), _matrix(lora_b),
+            0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p),
+            flags.data_ptr(), scaling / (1 - dropout_p), _dropout(dropout_p, seed), _stream(x),
+        )  # fmt: skip
+    return y, p
 
 
-BACKEND = Backend("cuda", why_not, _absent, _absent)
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    p: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the needed ones of dx, da and db; arguments as `reference.backward`."""
+    _warn_once()
+    (m, n), k, r = dy.shape, weight.shape[1], lora_a.shape[0]
+    dx = dy.new_empty(m, k) if need_dx else None
+    da = None if x is None else lora_a.new_empty(r, k)
+    db = None if p is None else lora_b.new_empty(n, r)
+    if dx is None and da is None and db is None:
+        return dx, da, db
+    dy, x, weight, lora_a, lora_b, p = (
+        None if t is None else _addressable(t) for t in (dy, x, weight, lora_a, lora_b, p)
+    )
+    q = dy.new_empty(m, r)
+    flags = workspace(_WORDS + -(-m // ROWS), dy.device)
+    with _device(dy):
+        extension.load().lora_linear_backward(
+            dy.dtype == torch.bfloat16, m, n, k, r,
+            *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
+            flags.data_ptr(), scaling / (1 - dropout_p), _dropout(dropout_p, seed), _stream(dy),
+        )  # fmt: skip
+    return dx, da, db
+
+
+BACKEND = Backend("cuda", why_not, forward, backward)
+
+
+def _addressable(matrix: Tensor) -> Tensor:
+    """Return `matrix`, or a copy of it that TMA can address."""
+    row_stride, column_stride = matrix.stride()
+    if (
+        column_stride == 1
+        and row_stride >= matrix.shape[1]
+        and row_stride * matrix.element_size() % _ALIGNMENT == 0
+        and matrix.data_ptr() % _ALIGNMENT == 0
+    ):
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _matrix(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+
+
+def _dropout(p: float, seed: Tensor | None) -> tuple[bool, int, int, int, int]:
+    """Return whether, the threshold, the key's words, and where the seed is if it is on a GPU."""
+    if seed is None:
+        return False, 0, 0, 0, 0
+    if seed.device.type != "cpu":
+        return True, threshold(p), 0, 0, seed.data_ptr()
+    key = int(seed)
+    return True, threshold(p), key & LOW, key >> 32 & LOW, 0
+
+
+def _device(x: Tensor) -> AbstractContextManager[object]:
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+@functools.cache
+def _warn_once() -> None:
+    if DEVICE_RECORD is None:
+        warnings.warn(
+            "lora_linear: the cuda backend has been checked in an emulator, but on no GPU yet",
+            stacklevel=2,
+        )

@@ -1,0 +1,80 @@
+// lora_kernels._C: addresses, sizes and a stream in; an exception out if the launch fails.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "lora_linear/lora_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// (address, row stride in elements); the address 0 is an absent matrix.
+lora::Matrix matrix(const py::tuple& pair) {
+  return {pair[0].cast<uintptr_t>(), pair[1].cast<int64_t>()};
+}
+
+// (enabled, threshold, key low word, key high word, address of the seed or 0)
+lora::Dropout dropout(const py::tuple& values) {
+  lora::Dropout result;
+  result.enabled = values[0].cast<bool>();
+  result.threshold = values[1].cast<uint32_t>();
+  result.key_low = values[2].cast<uint32_t>();
+  result.key_high = values[3].cast<uint32_t>();
+  result.seed = reinterpret_cast<const uint32_t*>(values[4].cast<uintptr_t>());
+  return result;
+}
+
+void check(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("lora_linear ") + what + ": " + cudaGetErrorString(error));
+}
+
+void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const py::tuple& w,
+             const py::tuple& a, const py::tuple& b, uintptr_t bias, const py::tuple& y,
+             const py::tuple& p, uintptr_t workspace, float scale, const py::tuple& drop,
+             uintptr_t stream) {
+  lora::ForwardArguments arguments;
+  arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
+  arguments.x = matrix(x), arguments.w = matrix(w), arguments.a = matrix(a);
+  arguments.b = matrix(b), arguments.y = matrix(y), arguments.p = matrix(p);
+  arguments.bias = bias;
+  arguments.workspace = workspace;
+  arguments.scale = scale;
+  arguments.dropout = dropout(drop);
+  check("forward", (is_bf16 ? lora::forward<lora::Bf16> : lora::forward<lora::Fp16>)(
+                       arguments, reinterpret_cast<cudaStream_t>(stream)));
+}
+
+void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, const py::tuple& x,
+              const py::tuple& w, const py::tuple& a, const py::tuple& b, const py::tuple& p,
+              const py::tuple& q, const py::tuple& dx, const py::tuple& da, const py::tuple& db,
+              uintptr_t workspace, float scale, const py::tuple& drop, uintptr_t stream) {
+  lora::BackwardArguments arguments;
+  arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
+  arguments.dy = matrix(dy), arguments.x = matrix(x), arguments.w = matrix(w);
+  arguments.a = matrix(a), arguments.b = matrix(b), arguments.p = matrix(p);
+  arguments.q = matrix(q), arguments.dx = matrix(dx), arguments.da = matrix(da);
+  arguments.db = matrix(db);
+  arguments.need_dx = arguments.dx.address != 0;
+  arguments.need_da = arguments.da.address != 0;
+  arguments.need_db = arguments.db.address != 0;
+  arguments.workspace = workspace;
+  arguments.scale = scale;
+  arguments.dropout = dropout(drop);
+  check("backward", (is_bf16 ? lora::backward<lora::Bf16> : lora::backward<lora::Fp16>)(
+                        arguments, reinterpret_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("lora_linear_forward", &forward);
+  module.def("lora_linear_backward", &backward);
+#ifdef LORA_EMULATE
+  module.def("emulate", [](int seed, int sms, int resident, const std::string& fault) {
+    lora::emulate::Machine::options() = {seed, sms, resident, fault};
+  });
+#endif
+}

@@ -1,0 +1,99 @@
+// The two queues between the producer warp and the consumer warpgroups, in shared memory: a ring of
+// stages that TMA fills and wgmma empties, and the tickets of the items those stages belong to.
+//
+// Each slot has a full and an empty barrier. Both sides walk the slots in the same order and flip
+// the parity they wait for on every wrap; a producer's first wait on an empty slot is for parity 1,
+// which a fresh barrier has already passed.
+#pragma once
+
+#include "layout.h"
+#include "ptx.h"
+
+namespace lora {
+
+constexpr int kConsumerWarpgroups = 2;
+constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+constexpr int kPanelsA = 2, kPanelsB = 4;  // a stage: 128 x 64 of the left, 256 x 64 of the right
+constexpr int kStageBytes = (kPanelsA + kPanelsB) * kPanelBytes;
+constexpr int kStages = 4;
+constexpr int kTickets = 2;
+
+// Dynamic shared memory: stages, then two store panels per consumer warpgroup, then the barriers.
+constexpr int kStoreOffset = kStages * kStageBytes;
+constexpr int kStorePanels = 2;
+constexpr int kBarrierOffset = kStoreOffset + kConsumerWarpgroups * kStorePanels * kPanelBytes;
+constexpr int kTicketOffset = kBarrierOffset + 8 * 2 * (kStages + kTickets);
+constexpr int kSharedBytes = 1024 + kTicketOffset + 4 * kTickets;  // 1024 to align the first stage
+static_assert(kSharedBytes <= 227 * 1024, "an SM of compute capability 9.0 has 227 KiB for a CTA");
+static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file");
+
+LORA_DEVICE uint32_t shared_base() { return (ptx::dynamic_shared() + 1023) & ~1023u; }
+
+// Position in a queue of kSlots slots whose barriers start at `barriers`: full ones, then empty.
+template <int kSlots>
+struct Queue {
+  uint32_t barriers;
+  int slot = 0;
+  uint32_t parity = 0;
+
+  LORA_DEVICE uint32_t full() const { return barriers + 8 * slot; }
+  LORA_DEVICE uint32_t empty() const { return barriers + 8 * (kSlots + slot); }
+  LORA_DEVICE void await_full() const { ptx::barrier_wait(full(), parity); }
+  LORA_DEVICE void await_empty() const { ptx::barrier_wait(empty(), parity ^ 1); }
+
+  LORA_DEVICE void advance() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Frees a slot: one arrival for each consumer warp.
+LORA_DEVICE void release(uint32_t empty_barrier) {
+  if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(empty_barrier);
+}
+
+// One side's view of both queues.
+struct Pipeline {
+  uint32_t base = shared_base();
+  Queue<kStages> stages{base + kBarrierOffset};
+  Queue<kTickets> tickets{base + kBarrierOffset + 16 * kStages};
+
+  LORA_DEVICE uint32_t panels() const { return base + stages.slot * kStageBytes; }
+  LORA_DEVICE uint32_t ticket_address() const { return base + kTicketOffset + 4 * tickets.slot; }
+
+  // By one thread, before the block synchronises.
+  LORA_DEVICE void init() const {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::barrier_init(stages.barriers + 8 * i, 1);
+      ptx::barrier_init(stages.barriers + 8 * (kStages + i), kConsumerWarps);
+    }
+    for (int i = 0; i < kTickets; ++i) {
+      ptx::barrier_init(tickets.barriers + 8 * i, 1);
+      ptx::barrier_init(tickets.barriers + 8 * (kTickets + i), kConsumerWarps);
+    }
+    ptx::fence_barrier_init();
+  }
+
+  LORA_DEVICE void put_ticket(uint32_t ticket) {
+    tickets.await_empty();
+    ptx::store_shared(ticket_address(), ticket);
+    ptx::barrier_arrive(tickets.full());
+    tickets.advance();
+  }
+
+  LORA_DEVICE uint32_t get_ticket() {
+    tickets.await_full();
+    const uint32_t ticket = ptx::load_shared(ticket_address());
+    ptx::warp_sync();  // all lanes have read before one of them arrives for the warp
+    release(tickets.empty());
+    tickets.advance();
+    return ticket;
+  }
+};
+
+}  // namespace lora

@@ -1,0 +1,29 @@
+// The host side of an emulated launch; `options` stand for the device.
+#pragma once
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace lora {
+
+template <class Element>
+struct TensorMaps {
+  cudaError_t error = cudaSuccess;
+
+  template <class Matrix>
+  TensorMap operator()(const Matrix& matrix, int rows, int columns) {
+    if (matrix.address % 16 != 0 || matrix.row_stride % 8 != 0) error = 1;
+    return {reinterpret_cast<uint8_t*>(matrix.address), rows, columns, matrix.row_stride * 2};
+  }
+};
+
+template <class Parameters>
+cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items,
+                   cudaStream_t) {
+  const int blocks = std::min(items, emulate::Machine::options().sms);
+  emulate::Machine::run(blocks, kThreads, [&] { kernel(parameters); });
+  return cudaSuccess;
+}
+
+}  // namespace lora

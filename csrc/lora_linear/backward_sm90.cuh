@@ -1,0 +1,197 @@
+// The backward kernel: Q and db items, then dx tiles, then da items, in one launch.
+#pragma once
+
+#include "../common/launch.h"
+#include "lora_linear.h"
+#include "tile_sm90.cuh"
+
+namespace lora {
+
+struct BackwardParameters {
+  TensorMap dy, x, w, a, b, p, q, dx, da, db;
+  uint32_t* workspace;
+  int m, n, k, r;
+  bool need_dx, need_da, need_db;
+  float scale;
+  Dropout dropout;
+
+  LORA_HOST_DEVICE int row_blocks() const { return blocks(m, kTileM); }
+  LORA_HOST_DEVICE int column_blocks() const { return blocks(k, kTileN); }
+  LORA_HOST_DEVICE int rank_tiles() const { return blocks(r, kRankTile); }
+  LORA_HOST_DEVICE int q_end() const {
+    return need_dx || need_da ? row_blocks() * rank_tiles() : 0;
+  }
+  LORA_HOST_DEVICE int db_end() const {
+    return q_end() + (need_db ? blocks(n, kTileM) * rank_tiles() : 0);
+  }
+  LORA_HOST_DEVICE int dx_end() const {
+    return db_end() + (need_dx ? row_blocks() * column_blocks() : 0);
+  }
+  LORA_HOST_DEVICE int end() const {
+    return dx_end() + (need_da ? blocks(k, kTileM) * rank_tiles() : 0);
+  }
+
+  // The block of 128 and the rank tile of a Q, db or da item that is `item` of its kind.
+  LORA_HOST_DEVICE Tile skinny(int item) const {
+    return {item / rank_tiles(), item % rank_tiles()};
+  }
+  LORA_HOST_DEVICE Tile dx_tile(int ticket) const {
+    return grouped_tile(ticket - db_end(), row_blocks(), column_blocks(), kGroup);
+  }
+};
+
+LORA_DEVICE void produce(const BackwardParameters& f, Pipeline& pipeline, int ticket) {
+  constexpr Major kK = Major::kK, kMn = Major::kMn;
+  if (ticket < f.q_end()) {
+    const auto [row, rank] = f.skinny(ticket);
+    load<kRankTile, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.b, rank * kRankTile}, f.n);
+  } else if (ticket < f.db_end()) {
+    const auto [block, rank] = f.skinny(ticket - f.q_end());
+    load<kRankTile, kMn, kMn>(pipeline, {&f.dy, block * kTileM}, {&f.p, rank * kRankTile}, f.m);
+  } else if (ticket < f.dx_end()) {
+    const auto [row, column] = f.dx_tile(ticket);
+    const auto frozen = [&, row = row, column = column] {
+      load<kTileN, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.w, column * kTileN}, f.n);
+    };
+    if (!f.dropout.enabled) frozen();
+    await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
+    load<kTileN, kK, kMn>(pipeline, {&f.q, row * kTileM}, {&f.a, column * kTileN}, f.r);
+    if (f.dropout.enabled) frozen();
+  } else {
+    const auto [block, rank] = f.skinny(ticket - f.dx_end());
+    await_flag(f.workspace + kAllReady, kConsumerWarpgroups * f.q_end());
+    load<kRankTile, kMn, kMn>(pipeline, {&f.x, block * kTileM}, {&f.q, rank * kRankTile}, f.m);
+  }
+}
+
+// Q[128, 64] = scale * dy * B, and the flag of its rows. B is read as it lies: R is contiguous.
+template <class Element>
+LORA_DEVICE void q_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
+  float acc[kRankTile / 2];
+  fill_zero(acc);
+  contract<Element, kRankTile, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
+  multiply(acc, f.scale);
+  store.run<Element, false>(acc, &f.q, item.row * kTileM + consumer() * kPanel,
+                            item.column * kRankTile);
+  Store::publish(f.workspace, item.row);
+}
+
+// db[128, 64] = dy^T * P, summed over M in order.
+template <class Element>
+LORA_DEVICE void db_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
+  float acc[kRankTile / 2];
+  fill_zero(acc);
+  contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
+  store.run<Element, false>(acc, &f.db, item.row * kTileM + consumer() * kPanel,
+                            item.column * kRankTile);
+}
+
+// da[64, 128] = Q^T * drop(x), computed as its transpose so that x is the wide operand.
+template <class Element>
+LORA_DEVICE void da_item(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
+                         Store& store, Tile item) {
+  const int column = item.row * kTileM + consumer() * kPanel;
+  float acc[kRankTile / 2];
+  fill_zero(acc);
+  if (dropout.enabled) {
+    contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m),
+                                                         PanelMask{dropout, 0, column, kDepth, 0});
+  } else {
+    contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
+  }
+  store.run<Element, true>(acc, &f.da, column, item.column * kRankTile);
+}
+
+// Zeroes the accumulators of dx that dropout drops. The four lanes that hold a row's group of eight
+// columns hold one random word of it each; each lane computes every fourth group and they exchange.
+LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& dropout, int row,
+                                   int column) {
+  const int thread = consumer_thread(), lane = thread % 4;
+  row += 16 * (thread / 32) + thread % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int block = 0; block < kTileN / 8; block += 4) {
+      uint32_t words[4];
+      keep_masks(dropout, row + 8 * half, column / 8 + block + lane, words);
+#pragma unroll
+      for (int source = 0; source < 4; ++source) {
+        uint32_t mask = 0;
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          const uint32_t shared = ptx::shuffle_quad(words[word], source);
+          if (word == lane) mask = shared;
+        }
+        const int at = 4 * (block + source) + 2 * half;
+        if ((mask & 1) == 0) acc[at] = 0.0f;
+        if ((mask >> 31) == 0) acc[at + 1] = 0.0f;
+      }
+    }
+  }
+}
+
+// dx[128, 256] = dy*W + undrop(Q*A). Dropout masks Q*A alone, so it must come first then.
+template <class Element>
+LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
+                         Store& store, Tile tile) {
+  const int row = tile.row * kTileM + consumer() * kPanel, column = tile.column * kTileN;
+  float acc[kTileN / 2];
+  fill_zero(acc);
+  if (dropout.enabled) {
+    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.r), NoMask{});
+    mask_accumulators(acc, dropout, row, column);
+    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
+  } else {
+    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n, f.r), NoMask{});
+  }
+  store.run<Element, false>(acc, &f.dx, row, column);
+}
+
+template <class Element>
+LORA_KERNEL(kThreads)
+lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
+  run_items(
+      f.workspace, kReady + f.row_blocks(), f.end(),
+      [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
+      [&](Pipeline& pipeline, Store& store, int ticket) {
+        if (ticket < f.q_end()) {
+          q_item<Element>(f, pipeline, store, f.skinny(ticket));
+        } else if (ticket < f.db_end()) {
+          db_item<Element>(f, pipeline, store, f.skinny(ticket - f.q_end()));
+        } else if (ticket < f.dx_end()) {
+          dx_tile<Element>(f, with_seed(f.dropout), pipeline, store, f.dx_tile(ticket));
+        } else {
+          da_item<Element>(f, with_seed(f.dropout), pipeline, store, f.skinny(ticket - f.dx_end()));
+        }
+      });
+}
+
+template <class Element>
+cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
+  const BackwardArguments& f = arguments;
+  TensorMaps<Element> maps;
+  const BackwardParameters parameters{maps(f.dy, f.m, f.n),
+                                      maps(f.x, f.m, f.k),
+                                      maps(f.w, f.n, f.k),
+                                      maps(f.a, f.r, f.k),
+                                      maps(f.b, f.n, f.r),
+                                      maps(f.p, f.m, f.r),
+                                      maps(f.q, f.m, f.r),
+                                      maps(f.dx, f.m, f.k),
+                                      maps(f.da, f.r, f.k),
+                                      maps(f.db, f.n, f.r),
+                                      reinterpret_cast<uint32_t*>(f.workspace),
+                                      f.m,
+                                      f.n,
+                                      f.k,
+                                      f.r,
+                                      f.need_dx,
+                                      f.need_da,
+                                      f.need_db,
+                                      f.scale,
+                                      f.dropout};
+  if (maps.error != cudaSuccess) return maps.error;
+  return launch(lora_linear_backward<Element>, parameters, parameters.end(), stream);
+}
+
+}  // namespace lora

@@ -1,0 +1,130 @@
+// The forward kernel: P items, then main tiles, in one launch.
+#pragma once
+
+#include "../common/launch.h"
+#include "lora_linear.h"
+#include "tile_sm90.cuh"
+
+namespace lora {
+
+struct ForwardParameters {
+  TensorMap x, w, a, b, y, p;
+  const uint16_t* bias;
+  uint32_t* workspace;
+  int m, n, k, r;
+  float scale;
+  Dropout dropout;
+
+  LORA_HOST_DEVICE int row_blocks() const { return blocks(m, kTileM); }
+  LORA_HOST_DEVICE int column_blocks() const { return blocks(n, kTileN); }
+  LORA_HOST_DEVICE int rank_tiles() const { return blocks(r, kRankTile); }
+  LORA_HOST_DEVICE int p_end() const { return row_blocks() * rank_tiles(); }
+  LORA_HOST_DEVICE int end() const { return p_end() + row_blocks() * column_blocks(); }
+
+  // Row block and rank tile of a P item; row block and column block of a main tile.
+  LORA_HOST_DEVICE Tile p_item(int ticket) const {
+    return {ticket / rank_tiles(), ticket % rank_tiles()};
+  }
+  LORA_HOST_DEVICE Tile main_tile(int ticket) const {
+    return grouped_tile(ticket - p_end(), row_blocks(), column_blocks(), kGroup);
+  }
+};
+
+LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int ticket) {
+  if (ticket < f.p_end()) {
+    const auto [row, rank] = f.p_item(ticket);
+    load<kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
+                                          {&f.a, rank * kRankTile}, f.k);
+    return;
+  }
+  const auto [row, column] = f.main_tile(ticket);
+  load<kTileN, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.w, column * kTileN}, f.k);
+  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
+  load<kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM}, {&f.b, column * kTileN}, f.r);
+}
+
+// P[128, 64] = scale * drop(x) * A^T, and the flag of its rows.
+template <class Element>
+LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
+                        Store& store, int ticket) {
+  const auto [row_block, rank] = f.p_item(ticket);
+  const int row = row_block * kTileM + consumer() * kPanel;
+  float acc[kRankTile / 2];
+  fill_zero(acc);
+  if (dropout.enabled) {
+    contract<Element, kRankTile, Major::kK, Major::kK>(acc, pipeline, Extent(f.k),
+                                                       PanelMask{dropout, row, 0, 0, kDepth});
+  } else {
+    contract<Element, kRankTile, Major::kK, Major::kK>(acc, pipeline, Extent(f.k), NoMask{});
+  }
+  multiply(acc, f.scale);
+  store.run<Element, false>(acc, &f.p, row, rank * kRankTile);
+  Store::publish(f.workspace, row_block);
+}
+
+template <class Element>
+LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint16_t* bias, int column, int n) {
+  column += 2 * (consumer_thread() % 4);
+#pragma unroll
+  for (int block = 0; block < kTileN / 8; ++block, column += 8) {
+    if (column < n) {  // N is a multiple of 8, so pairs are in or out together
+      const float low = ptx::unpack<Element>(bias[column]);
+      const float high = ptx::unpack<Element>(bias[column + 1]);
+      acc[4 * block] += low;
+      acc[4 * block + 1] += high;
+      acc[4 * block + 2] += low;
+      acc[4 * block + 3] += high;
+    }
+  }
+}
+
+// y[128, 256] = x*W^T + P*B^T (+ bias): P and B come through the same ring into the same sum.
+template <class Element>
+LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store& store,
+                           int ticket) {
+  const auto [row, column] = f.main_tile(ticket);
+  float acc[kTileN / 2];
+  fill_zero(acc);
+  contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.k, f.r), NoMask{});
+  if (f.bias != nullptr) add_bias<Element>(acc, f.bias, column * kTileN, f.n);
+  store.run<Element, false>(acc, &f.y, row * kTileM + consumer() * kPanel, column * kTileN);
+}
+
+template <class Element>
+LORA_KERNEL(kThreads)
+lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
+  run_items(
+      f.workspace, kReady + f.row_blocks(), f.end(),
+      [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
+      [&](Pipeline& pipeline, Store& store, int ticket) {
+        if (ticket < f.p_end()) {
+          p_item<Element>(f, with_seed(f.dropout), pipeline, store, ticket);
+        } else {
+          main_tile<Element>(f, pipeline, store, ticket);
+        }
+      });
+}
+
+template <class Element>
+cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
+  const auto [m, n, k, r, x, w, a, b, y, p, bias, workspace, scale, dropout] = arguments;
+  TensorMaps<Element> maps;
+  const ForwardParameters parameters{maps(x, m, k),
+                                     maps(w, n, k),
+                                     maps(a, r, k),
+                                     maps(b, n, r),
+                                     maps(y, m, n),
+                                     maps(p, m, r),
+                                     reinterpret_cast<const uint16_t*>(bias),
+                                     reinterpret_cast<uint32_t*>(workspace),
+                                     m,
+                                     n,
+                                     k,
+                                     r,
+                                     scale,
+                                     dropout};
+  if (maps.error != cudaSuccess) return maps.error;
+  return launch(lora_linear_forward<Element>, parameters, parameters.end(), stream);
+}
+
+}  // namespace lora

@@ -1,0 +1,44 @@
+// The arguments of both directions, and what a launch of one returns. Strides are in elements.
+//
+// Notation: x[M,K] W[N,K] A[R,K] B[N,R] bias[N] y[M,N], P[M,R] = s*drop(x)*A^T, Q[M,R] = s*dy*B.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/philox.h"
+
+namespace lora {
+
+// A row-major matrix in device memory; its address and row pitch are multiples of 16 bytes.
+struct Matrix {
+  uintptr_t address = 0;
+  int64_t row_stride = 0;
+};
+
+struct ForwardArguments {
+  int m = 0, n = 0, k = 0, r = 0;
+  Matrix x, w, a, b, y, p;
+  uintptr_t bias = 0;       // 0: none
+  uintptr_t workspace = 0;  // 3 + ceil(M/128) zeroed 32-bit words that no other running launch uses
+  float scale = 0;          // s, divided by 1-p under dropout
+  Dropout dropout;
+};
+
+struct BackwardArguments {
+  int m = 0, n = 0, k = 0, r = 0;
+  Matrix dy, x, w, a, b, p, q, dx, da, db;  // q is scratch; x is absent without da, p without db
+  bool need_dx = false, need_da = false, need_db = false;
+  uintptr_t workspace = 0;
+  float scale = 0;
+  Dropout dropout;
+};
+
+// y = x*W^T + P*B^T (+ bias) and P, in one launch on `stream` of the current device.
+template <class Element>
+cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream);
+
+// The needed ones of dx = dy*W + undrop(Q*A), da = Q^T*drop(x) and db = dy^T*P, in one launch.
+template <class Element>
+cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream);
+
+}  // namespace lora

@@ -6,6 +6,10 @@
 
 #include "lora_linear/lora_linear.h"
 
+#ifdef LORA_EMULATE
+#include "emulate/machine.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -43,8 +47,9 @@ void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const
   arguments.workspace = workspace;
   arguments.scale = scale;
   arguments.dropout = dropout(drop);
-  check("forward", (is_bf16 ? lora::forward<lora::Bf16> : lora::forward<lora::Fp16>)(
-                       arguments, reinterpret_cast<cudaStream_t>(stream)));
+  check("forward",
+        (is_bf16 ? lora::forward<lora::Bf16>
+                 : lora::forward<lora::Fp16>)(arguments, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, const py::tuple& x,
@@ -63,8 +68,9 @@ void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, con
   arguments.workspace = workspace;
   arguments.scale = scale;
   arguments.dropout = dropout(drop);
-  check("backward", (is_bf16 ? lora::backward<lora::Bf16> : lora::backward<lora::Fp16>)(
-                        arguments, reinterpret_cast<cudaStream_t>(stream)));
+  check("backward",
+        (is_bf16 ? lora::backward<lora::Bf16>
+                 : lora::backward<lora::Fp16>)(arguments, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace

@@ -80,8 +80,12 @@ cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int
     }
     sm_counts[device] = sms;
   }
-  kernel<<<items < sms ? items : sms, kThreads, kSharedBytes, stream>>>(parameters);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(items < sms ? items : sms);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 
 }  // namespace lora

@@ -22,8 +22,8 @@ LORA_DEVICE uint32_t chunk_address(uint32_t panel, int row, int chunk) {
 
 // Returns the wgmma descriptor of the k16 slice `slice` of consecutive panels.
 //
-// Bits 0-13: start / 16; 16-29: leading byte offset / 16; 32-45: stride byte offset / 16; 62-63: 1 =
-// 128-byte swizzle. With T = 8 elements (16 bytes) the canonical layouts are (PTX ISA, "Canonical
+// Bits 0-13: start / 16; 16-29: leading byte offset / 16; 32-45: stride byte offset / 16; 62-63: 1
+// = 128-byte swizzle. With T = 8 elements (16 bytes) the canonical layouts are (PTX ISA, "Canonical
 // Layouts" of wgmma)
 //   K-major   ((8, m), (T, 2k)) : ((8T, SBO), (1, T)): SBO leads to the next 8 rows, LBO is unused;
 //   MN-major  ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)): SBO leads to the next 8 of K, LBO to

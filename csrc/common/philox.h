@@ -9,19 +9,12 @@
 
 namespace lora {
 
-struct Dropout {
-  uint32_t threshold = 0;
-  uint32_t key_low = 0, key_high = 0;
-  const uint32_t* seed = nullptr;  // two words in device memory that replace the key
-  bool enabled = false;
-};
-
 LORA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((uint64_t{a} * b) >> 32);
 }
 
-// Writes the keep mask of elements 8*group to 8*group+7 of `row`: all ones where one is kept. Half h
-// of the eight is the low (h even) or high half of word h/2, as the elements lie in memory.
+// Writes the keep mask of elements 8*group to 8*group+7 of `row`: all ones where one is kept. Half
+// h of the eight is the low (h even) or high half of word h/2, as the elements lie in memory.
 LORA_DEVICE void keep_masks(const Dropout& dropout, uint32_t row, uint32_t group,
                             uint32_t (&mask)[4]) {
   uint32_t c0 = group, c1 = row, c2 = 0, c3 = 0;

@@ -8,12 +8,13 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 #ifdef LORA_EMULATE
 #include "../emulate/ptx.h"
 #else
 
 #include <cuda.h>
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -25,9 +26,6 @@
 namespace lora {
 
 using TensorMap = CUtensorMap;
-struct Bf16 {};
-struct Fp16 {};
-
 namespace ptx {
 
 LORA_DEVICE int thread_index() { return threadIdx.x; }
@@ -66,10 +64,10 @@ LORA_DEVICE void store_shared(uint32_t address, const uint32_t (&v)[4]) {
 template <bool kTransposed>
 LORA_DEVICE void store_matrix(uint32_t address, const uint32_t (&v)[4]) {
   if constexpr (kTransposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address),
-                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+        "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+        : "memory");
   } else {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
@@ -118,9 +116,7 @@ LORA_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 
 // Every thread of the warpgroup meets at the hardware barrier `id` (1 to 15).
-LORA_DEVICE void warpgroup_sync(int id) {
-  asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
-}
+LORA_DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
 LORA_DEVICE void warp_sync() { __syncwarp(); }
 LORA_DEVICE void block_sync() { __syncthreads(); }
@@ -178,10 +174,10 @@ LORA_DEVICE void tma_load(uint32_t target, const TensorMap* map, uint32_t barrie
 
 // Starts copying shared memory to the box at (inner, outer); outside the tensor nothing is written.
 LORA_DEVICE void tma_store(const TensorMap* map, uint32_t source, int inner, int outer) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   map),
-               "r"(source), "r"(inner), "r"(outer)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(source), "r"(inner), "r"(outer)
+      : "memory");
 }
 
 LORA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

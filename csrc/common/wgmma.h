@@ -1,7 +1,7 @@
 // The wgmma instructions in use: D[64, N] += A[64, 16] * B[N, 16]^T, fp32 accumulators.
 //
-// Thread t of the warpgroup holds d[i] = D[16*(t/32) + t%32/4 + 8*(i/2%2), 8*(i/4) + 2*(t%4) + i%2].
-// A and B are described by shared-memory descriptors (layout.h); kMn says that the operand's
+// Thread t of the warpgroup holds d[i] = D[16*(t/32) + t%32/4 + 8*(i/2%2), 8*(i/4) + 2*(t%4) +
+// i%2]. A and B are described by shared-memory descriptors (layout.h); kMn says that the operand's
 // contiguous direction is M or N, not K.
 #pragma once
 

@@ -84,6 +84,7 @@ struct Cta {
 struct Task {  // of an asynchronous engine
   std::function<void()> steps[2];
   int next = 0, count = 0;
+  int64_t due = 0;  // the step of the scheduler before which it is not done, unless waited for
   void advance(int to) {
     for (; next < to; ++next) steps[next]();
   }
@@ -168,6 +169,7 @@ class Machine {
     task->steps[0] = std::move(first);
     task->steps[1] = std::move(second);
     task->count = task->steps[1] ? 2 : 1;
+    task->due = lag();
     tasks_.push_back(task);
     return task;
   }
@@ -207,6 +209,9 @@ class Machine {
     setcontext(&machine.scheduler_);
   }
 
+  // Most tasks are done soon, some very late: both are where protocols break.
+  int64_t lag() { return now_ + random(random(4) == 0 ? 50000 : 200); }
+
   void admit(int threads, const std::function<void()>& kernel) {
     int active = 0;
     for (int i = 0; i < started_; ++i) active += ctas_[i]->unfinished > 0;
@@ -232,12 +237,15 @@ class Machine {
   void loop(int threads, const std::function<void()>& kernel) {
     while (error_.empty()) {
       admit(threads, kernel);
-      if (!tasks_.empty() && (ready_.empty() || random(64) == 0)) {
-        const size_t i = random(static_cast<uint32_t>(tasks_.size()));
-        const Store task = tasks_[i];
-        if (task->next < task->count) task->advance(task->next + 1);
-        if (task->next == task->count) {
-          tasks_[i] = tasks_.back();
+      ++now_;
+      const size_t candidate = tasks_.empty() ? 0 : random(static_cast<uint32_t>(tasks_.size()));
+      if (!tasks_.empty() && (ready_.empty() || tasks_[candidate]->due <= now_)) {
+        Task& task = *tasks_[candidate];
+        if (task.next < task.count) task.advance(task.next + 1);
+        task.due = lag();
+        spins_ = 0;
+        if (task.next == task.count) {
+          tasks_[candidate] = tasks_.back();
           tasks_.pop_back();
         }
       } else if (!ready_.empty()) {
@@ -262,6 +270,7 @@ class Machine {
   std::vector<Thread*> ready_;
   std::vector<Store> tasks_;
   int started_ = 0, spins_ = 0;
+  int64_t now_ = 0;
   Thread* running_ = nullptr;
   ucontext_t scheduler_;
   std::string error_;

@@ -4,6 +4,7 @@
 
 #include <bit>
 
+#include "../common/types.h"
 #include "machine.h"
 
 #define LORA_KERNEL(threads) inline void
@@ -11,15 +12,7 @@
 #define LORA_DEVICE inline
 #define LORA_HOST_DEVICE inline
 
-using cudaError_t = int;
-using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-
 namespace lora {
-
-struct Bf16 {};
-struct Fp16 {};
 
 namespace ptx {
 
@@ -254,8 +247,9 @@ inline void read_operand(const emulate::Product& p, uint64_t descriptor, bool mn
   if (Machine::faulty("the leading offset is ignored")) leading = 1024;
   for (int row = 0; row < rows; ++row) {
     for (int k = 0; k < 16; ++k) {
-      uint32_t address = start + (mn ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                     : row / 8 * stride + row % 8 * 128 + k * 2);
+      uint32_t address =
+          start + (mn ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
+                      : row / 8 * stride + row % 8 * 128 + k * 2);
       address ^= (address >> 7 & 7) << 4;
       uint16_t bits;
       std::memcpy(&bits, &cta.async[address], 2);

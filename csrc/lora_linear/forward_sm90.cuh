@@ -33,8 +33,8 @@ struct ForwardParameters {
 LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int ticket) {
   if (ticket < f.p_end()) {
     const auto [row, rank] = f.p_item(ticket);
-    load<kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
-                                          {&f.a, rank * kRankTile}, f.k);
+    load<kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.a, rank * kRankTile},
+                                          f.k);
     return;
   }
   const auto [row, column] = f.main_tile(ticket);

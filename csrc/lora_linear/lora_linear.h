@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../common/philox.h"
+#include "../common/types.h"
 
 namespace lora {
 

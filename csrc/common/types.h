@@ -1,0 +1,27 @@
+// What both the host and the kernels speak of: element types, dropout, CUDA's error and stream.
+#pragma once
+
+#include <cstdint>
+
+#ifdef LORA_EMULATE
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace lora {
+
+struct Bf16 {};
+struct Fp16 {};
+
+struct Dropout {
+  bool enabled = false;
+  uint32_t threshold = 0;  // an element stays where its 16-bit number is at least this
+  uint32_t key_low = 0, key_high = 0;
+  const uint32_t* seed = nullptr;  // two words in device memory that replace the key
+};
+
+}  // namespace lora

@@ -52,9 +52,7 @@ class BuildKernels(build_ext):
         objects = Path(self.build_temp)
         for folder in (target.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        includes = [
-            f"-I{path}" for path in (pybind11.get_include(), *self.compiler.include_dirs)
-        ]
+        includes = [f"-I{path}" for path in (pybind11.get_include(), *self.compiler.include_dirs)]
 
         def compile_one(source: Path) -> Path:
             made = objects / f"{source.stem}.o"

@@ -16,19 +16,21 @@ class Backend(NamedTuple):
     `why_not(problem)` is pure and needs no GPU: it returns the reason the backend cannot run
     `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
     `forward` and `backward` do the work; an operator's `reference.py` documents their contract.
+    `not_auto` is the reason "auto" passes over it whatever the problem, or None.
     """
 
     name: str
     why_not: Callable[[Any], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    not_auto: str | None = None
 
 
 def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> Backend:
     """Return the backend that runs `problem`.
 
-    `requested="auto"` takes the first of `backends` whose `why_not` is None. A backend asked for
-    by name never falls back.
+    `requested="auto"` takes the first of `backends` whose `why_not` and `not_auto` are None. A
+    backend asked for by name never falls back.
 
     Raises:
         BackendUnavailable: listing the reason of every backend that was considered.
@@ -36,7 +38,7 @@ def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> 
     reasons = []
     for backend in backends:
         if requested in (AUTO, backend.name):
-            reason = backend.why_not(problem)
+            reason = backend.why_not(problem) or (backend.not_auto if requested == AUTO else None)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")

@@ -19,7 +19,7 @@ def why_absent() -> str | None:
     if not isinstance(loaded, ImportError):
         return None
     if isinstance(loaded, ModuleNotFoundError):
-        return "the CUDA extension lora_kernels._C is not built"
+        return "the CUDA extension lora_kernels._C is not built, which takes nvcc at installation"
     return f"the CUDA extension lora_kernels._C does not load: {loaded}"
 
 

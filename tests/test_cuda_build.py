@@ -1,0 +1,142 @@
+"""The CUDA backend compiled for sm_90a, without a GPU: registers and machine code."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cuda_builds import SUFFIX, compiled
+
+KERNELS = tuple(
+    (direction, element) for direction in ("forward", "backward") for element in ("Bf16", "Fp16")
+)
+
+
+class Instruction(NamedTuple):
+    """One line of machine code: its address, and what it says."""
+
+    address: int
+    text: str
+
+
+@pytest.fixture(scope="module")
+def log() -> str:
+    return (compiled() / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def sass() -> dict[str, list[Instruction]]:
+    """Return the machine code of each kernel."""
+    library = compiled() / "lora_kernels" / f"_C{SUFFIX}"
+    done = subprocess.run(
+        [_cuobjdump(), "-sass", str(library)], capture_output=True, text=True, check=True
+    )
+    kernels: dict[str, list[Instruction]] = {}
+    for part in done.stdout.split("Function : ")[1:]:
+        name, *lines = part.splitlines()
+        matches = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?) *;", line) for line in lines)
+        kernels[name] = [Instruction(int(m[1], 16), m[2]) for m in matches if m]
+    return kernels
+
+
+def _cuobjdump() -> str:
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        path = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if path.exists():
+            return str(path)
+    return shutil.which("cuobjdump") or pytest.skip("needs cuobjdump")
+
+
+def _code(sass: dict[str, list[Instruction]], direction: str, element: str) -> list[Instruction]:
+    (code,) = (
+        c for name, c in sass.items() if f"lora_linear_{direction}" in name and element in name
+    )
+    return code
+
+
+def _main_loops(code: list[Instruction]) -> list[list[str]]:
+    """Return the bodies of the innermost loops with products of 256 columns and no early exit."""
+    bodies = []
+    for i, (address, text) in enumerate(code):
+        branch = re.search(r"\bBRA 0x([0-9a-f]+)", text)
+        if branch is None or int(branch[1], 16) > address:
+            continue
+        body = [t for a, t in code[: i + 1] if a >= int(branch[1], 16)]
+        if any("HGMMA.64x256x16" in t for t in body):
+            bodies.append(body)
+    smallest: list[list[str]] = []
+    for body in sorted(bodies, key=len):
+        if not any(set(map(id, inner)) <= set(map(id, body)) for inner in smallest):
+            smallest.append(body)
+    return [body for body in smallest if any("DEPBAR.LE gsb0, 0x1" in t for t in body)]
+
+
+def test_every_kernel_fits_its_registers_without_spilling(log: str) -> None:
+    used = re.findall(r"Used (\d+) registers", log)
+    # 384 threads of 168 registers fill the file; setmaxnreg then redistributes them.
+    assert used == ["168"] * len(KERNELS)
+    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert log.count(clean) == len(KERNELS)
+
+
+def test_the_compiler_serialises_nothing_and_ignores_no_register_request(log: str) -> None:
+    # C7508: setmaxnreg ignored; C7510 to C7520: wgmma serialised, or fences inserted for it.
+    assert re.findall(r"\(C75\d\d\).*", log) == []
+    assert "warning" not in log.replace("SetuptoolsWarning", "").lower()
+
+
+@pytest.mark.parametrize(("direction", "element"), KERNELS)
+def test_the_main_loop_is_four_products_in_flight(sass, direction: str, element: str) -> None:  # type: ignore[no-untyped-def]
+    loops = _main_loops(_code(sass, direction, element))
+    assert len(loops) == (1 if direction == "forward" else 3)  # dx: plain, Q·A and dy·W of dropout
+    kind = "BF16" if element == "Bf16" else ""
+    for body in loops:
+        products = [t for t in body if "HGMMA" in t]
+        assert len(products) == 4
+        assert all(f"HGMMA.64x256x16.F32{'.' if kind else ''}{kind} " in t for t in products)
+        text = "\n".join(body)
+        for slow in ("MEMBAR", "LDL", "STL", "BAR.SYNC", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "FENCE"):
+            assert slow not in text, slow
+
+
+@pytest.mark.parametrize(("direction", "element"), KERNELS)
+def test_the_instructions_of_the_design_are_there(sass, direction: str, element: str) -> None:  # type: ignore[no-untyped-def]
+    code = _code(sass, direction, element)
+    count = Counter(re.sub(r"^@!?U?P\d+ ", "", t).split()[0] for _, t in code)
+    assert count["USETMAXREG.DEALLOC.CTAPOOL"] == count["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
+    assert any(name.startswith("UTMALDG.2D") for name in count)
+    assert count["UTMASTG.2D"] > 0
+    assert any(name.startswith("STSM.16") for name in count)  # stmatrix
+    assert any(name.startswith("STSM.16.MT88") for name in count) == (direction == "backward")
+    # P or Q is read through TMA behind a flag: forward in main tiles, backward in dx and da items.
+    flags = 1 if direction == "forward" else 2
+    assert count["FENCE.VIEW.ASYNC.G"] == flags
+    # gpu-scope fences: one behind each flag, one before each publication, two in the clean-up.
+    assert count["MEMBAR.ALL.GPU"] == flags + 1 + 2
+    assert not any(name.startswith(("LDL", "STL", "CALL")) for name in count)
+
+
+def test_the_extension_loads_without_a_gpu_and_fails_with_a_message() -> None:
+    code = (
+        "from lora_kernels import _C\n"
+        "matrices = [(16, 8)] * 4\n"
+        "try:\n"
+        "    _C.lora_linear_forward(True, 8, 8, 8, 8, *matrices, 0, *matrices[:2], 16, 1.0,"
+        " (False, 0, 0, 0, 0), 0)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    package = str(compiled())
+    # The built package holds the extension alone: a namespace package of its own.
+    environment = {**os.environ, "PYTHONPATH": package, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=package
+    )
+    assert re.fullmatch(r"lora_linear forward: \S.*\n", done.stdout), done

@@ -1,0 +1,122 @@
+"""The CUDA kernels' own source, run on a CPU by the emulator in csrc/emulate, against the oracle.
+
+The emulator decodes the very descriptors and tensor maps the kernels make, interleaves threads,
+CTAs and asynchronous copies by a seed, and does late what the hardware may do late. It shows that
+the protocol and the layouts are right as documented; it cannot show that the documents are.
+"""
+
+import pytest
+import torch
+from cuda_builds import emulation
+
+from lora_kernels.ops.lora_linear import cuda, reference, workspace
+from lora_kernels.testing import Case, bf16, check_backend, fp16, make_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")
+
+# A tile is 128 x 256, a stage 64 deep, a panel 64 wide, a rank tile 64: sizes stand on both sides
+# of each, and K and R straddle the slices of 16. 8 is the smallest of everything but M.
+CASES = (
+    Case(1, 8, 8, 8, bf16),
+    Case(130, 264, 72, 16, bf16, bias=True),
+    Case(300, 520, 200, 72, fp16, scaling=2.0),
+    Case(129, 256, 320, 136, bf16, bias=True),
+    Case(64, 64, 64, 256, fp16),
+    Case(67, 136, 88, 8, fp16, bias=True, dropout_p=0.1),
+    Case(200, 136, 264, 24, bf16, dropout_p=0.3),
+    Case(257, 72, 520, 64, bf16, bias=True, dropout_p=0.5),
+    Case(72, 136, 72, 40, bf16, bias=True, strided=True, dropout_p=0.2),
+    *(
+        Case(136, 72, 264, 24, bf16, dropout_p=p, needs=needs)
+        for p, needs in (
+            (0.0, (True, False, False)),
+            (0.5, (True, False, False)),
+            (0.0, (False, True, False)),
+            (0.5, (False, True, False)),
+            (0.0, (False, False, True)),
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("sms", "resident"), [(1, 1), (5, 2)])
+def test_the_kernels_compute_what_they_should(case: Case, sms: int, resident: int) -> None:
+    with emulation(sms, sms, resident):
+        check_backend(cuda.BACKEND, case)
+    words = workspace.workspace(1, torch.device("cpu"))
+    assert not words.any(), "the workspace must be zero between launches"
+
+
+def _results(case: Case, **changes: torch.Tensor) -> list[torch.Tensor]:
+    x, weight, lora_a, lora_b, bias, dy, seed = make_inputs(case)._replace(**changes)
+    call = case.scaling, case.dropout_p, seed
+    y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
+    return [y, p, *cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_no_interleaving_changes_a_bit(dropout_p: float) -> None:
+    case = Case(264, 328, 264, 72, bf16, bias=True, dropout_p=dropout_p)
+    results = []
+    for seed, (sms, resident) in enumerate([(1, 1), (3, 3), (4, 2), (7, 7)]):
+        with emulation(seed, sms, resident):
+            results.append(_results(case))
+    for result in results[1:]:
+        for first, other in zip(results[0], result, strict=True):
+            assert torch.equal(first, other)
+
+
+def test_b_zero_is_the_frozen_layer_bit_for_bit() -> None:
+    case = Case(136, 264, 200, 24, bf16, bias=True)
+    inputs = make_inputs(case)
+    zero = torch.zeros_like(inputs.lora_b)
+    with emulation():
+        y, _, dx, da, db = _results(case, lora_b=zero)
+        frozen = _results(case, lora_b=zero, lora_a=torch.zeros_like(inputs.lora_a))
+    assert torch.equal(y, frozen[0])
+    assert torch.equal(dx, frozen[2])
+    assert not da.any()
+    assert db.any()
+
+
+@pytest.mark.parametrize("value", [3, 3 + 2**40, 2**63 - 1])
+def test_the_whole_64_bit_seed_counts(value: int) -> None:
+    case, seed = Case(64, 64, 128, 8, bf16, dropout_p=0.5), torch.tensor([value])
+    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(case)
+    with emulation():
+        p = _results(case, seed=seed)[1]
+    expected = reference.forward(x, weight, lora_a, lora_b, bias, case.scaling, 0.5, seed)[1]
+    # Another mask would move P by about its own size, 0.75·√2.
+    assert (p - expected).abs().max() < 0.05
+
+
+FAULTS = (
+    "an arrival is lost",
+    "an arrival too many",
+    "a barrier lets through early",
+    "the first phase is waited for twice",
+    "no shared proxy fence",
+    "no acquire",
+    "no global proxy fence",
+    "TMA does not swizzle",
+    "the leading offset is ignored",
+    "a store's shared memory is reused at once",
+    "written stands for read",
+    "a product is not waited for",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_primitive_that_misbehaves_is_noticed(fault: str) -> None:
+    """What the checks above would not notice, they would not check: each fault must fail one."""
+    cases = Case(200, 264, 584, 72, bf16), Case(200, 72, 264, 24, bf16, dropout_p=0.3)
+    try:
+        for seed in range(8):
+            with emulation(seed, 3, 2, fault):
+                check_backend(cuda.BACKEND, cases[seed % 2])
+    except (AssertionError, RuntimeError):
+        return
+    finally:  # a launch cut short leaves tickets and flags behind
+        workspace._by_stream.clear()
+    pytest.fail(f"nothing fails although {fault}")

@@ -1,0 +1,102 @@
+"""The CUDA backend's host side: what it refuses and copies, and that "auto" leaves it alone."""
+
+import warnings
+
+import pytest
+import torch
+
+from lora_kernels import extension
+from lora_kernels.dispatch import BackendUnavailable, select
+from lora_kernels.ops.lora_linear import BACKENDS, Problem, cuda
+from lora_kernels.testing import Case, bf16, fp16, fp32, make_inputs
+
+HOPPER = Problem(4096, 4096, 4096, 16, bf16, bf16, "cuda", 90)
+
+
+@pytest.fixture(autouse=True)
+def _built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_absent", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": fp16, "adapter_dtype": fp16}, None),
+        ({"bias": True, "dropout": True}, None),
+        ({"m": 1, "n": 8, "k": 8, "r": 8}, None),
+        ({"r": 1024}, None),
+        ({"m": 2**31 - 257}, None),
+        ({"arch": None}, None),  # asked about without a GPU
+        ({"device": "cpu", "arch": None}, "it needs a CUDA device, not cpu"),
+        ({"arch": 80}, "it needs compute capability 9.0, not 8.0"),
+        ({"arch": 100}, "it needs compute capability 9.0, not 10.0"),
+        ({"dtype": fp32}, "float32 is not supported, only bfloat16 and float16"),
+        ({"adapter_dtype": fp32}, "adapters must have x's dtype, not float32"),
+        ({"r": 4}, "TMA needs rows of a multiple of 16 bytes: R=4 is no multiple of 8"),
+        ({"r": 20}, "TMA needs rows of a multiple of 16 bytes: R=20 is no multiple of 8"),
+        ({"k": 4097}, "TMA needs rows of a multiple of 16 bytes: K=4097 is no multiple of 8"),
+        ({"n": 4100}, "TMA needs rows of a multiple of 16 bytes: N=4100 is no multiple of 8"),
+        ({"m": 0}, "an empty problem is not supported"),
+        ({"k": 0}, "an empty problem is not supported"),
+        ({"m": 2**31 - 256}, "a size of nearly 2**31 or more is not supported"),
+    ],
+    ids=str,
+)
+def test_why_not(changes: dict[str, object], reason: str | None) -> None:
+    assert cuda.why_not(HOPPER._replace(**changes)) == reason
+
+
+def test_an_absent_extension_is_the_last_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_absent", lambda: "not built")
+    assert cuda.why_not(HOPPER) == "not built"
+    assert cuda.why_not(HOPPER._replace(arch=80)) == "it needs compute capability 9.0, not 8.0"
+
+
+def test_auto_leaves_it_alone_until_it_is_verified() -> None:
+    assert select(BACKENDS, HOPPER).name != "cuda"
+    assert select(BACKENDS, HOPPER, "cuda").name == "cuda"
+    verified = (cuda.BACKEND._replace(not_auto=None), *BACKENDS[1:])
+    assert select(verified, HOPPER).name == "cuda"
+
+
+def test_asking_for_it_by_name_gets_its_reason() -> None:
+    with pytest.raises(BackendUnavailable, match=r"cuda: it needs a CUDA device, not cpu$"):
+        select(BACKENDS, HOPPER._replace(device="cpu", arch=None), "cuda")
+
+
+def test_it_warns_once() -> None:
+    cuda._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="the cuda backend is checked in an emulator"):
+        cuda._warn_once()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda._warn_once()
+
+
+def test_only_what_tma_cannot_address_is_copied() -> None:
+    base = torch.randn(32, 64).to(bf16)
+    misaligned = torch.randn(32 * 64 + 1).to(bf16)[1:].view(32, 64)
+    for kept in (base, base[:, :24], base[:, 8:], base[::2], base[3:]):
+        assert cuda._addressable(kept).data_ptr() == kept.data_ptr()
+    for copied in (base.t(), base[:, 1:], base[:, ::2], base[:1].expand(8, 64), misaligned):
+        copy = cuda._addressable(copied)
+        assert copy.data_ptr() != copied.data_ptr()
+        assert copy.data_ptr() % 16 == 0
+        assert copy.is_contiguous()
+        assert torch.equal(copy, copied)
+
+
+def test_a_seed_becomes_two_words_or_an_address() -> None:
+    assert cuda._dropout(0.0, None) == (False, 0, 0, 0, 0)
+    seed = torch.tensor([5 + 7 * 2**32])
+    assert cuda._dropout(0.25, seed) == (True, 2**14, 5, 7, 0)
+
+
+def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "load", lambda: pytest.fail("launched"))
+    _, weight, lora_a, lora_b, _, dy, _ = make_inputs(Case(8, 8, 8, 8, bf16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none = cuda.backward(dy, None, weight, lora_a, lora_b, None, 1.0, 0.0, None, False)
+    assert none == (None, None, None)

@@ -23,7 +23,10 @@ LAYERS = (
     {OP},
     {f"{OP}.op"},
     BACKENDS,
-    {f"{OP}.config", f"{OP}.schedule", f"{OP}.validate", f"{OP}.philox", f"{OP}.problem"},
+    {
+        *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),
+        f"{OP}.workspace",
+    },
     {"lora_kernels.dispatch", "lora_kernels.extension"},
 )
 # Names of one layer that may know one another, the reader first.

@@ -98,9 +98,8 @@ def backward(
     db = None if p is None else lora_b.new_empty(n, r)
     if dx is None and da is None and db is None:
         return dx, da, db
-    dy, x, weight, lora_a, lora_b, p = (
-        None if t is None else _addressable(t) for t in (dy, x, weight, lora_a, lora_b, p)
-    )
+    dy, weight, lora_a, lora_b = map(_addressable, (dy, weight, lora_a, lora_b))
+    x, p = (None if t is None else _addressable(t) for t in (x, p))
     q = dy.new_empty(m, r)
     flags = workspace(_WORDS + -(-m // ROWS), dy.device)
     with _device(dy):

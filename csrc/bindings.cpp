@@ -79,8 +79,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("lora_linear_forward", &forward);
   module.def("lora_linear_backward", &backward);
 #ifdef LORA_EMULATE
-  module.def("emulate", [](int seed, int sms, int resident, const std::string& fault) {
-    lora::emulate::Machine::options() = {seed, sms, resident, fault};
+  module.def("emulate", [](int seed, int clusters, int resident, const std::string& fault) {
+    lora::emulate::Machine::options() = {seed, clusters, resident, fault};
   });
 #endif
 }

@@ -111,15 +111,17 @@ def test_the_instructions_of_the_design_are_there(sass, direction: str, element:
     code = _code(sass, direction, element)
     count = Counter(re.sub(r"^@!?U?P\d+ ", "", t).split()[0] for _, t in code)
     assert count["USETMAXREG.DEALLOC.CTAPOOL"] == count["USETMAXREG.TRY_ALLOC.CTAPOOL"] == 1
-    assert any(name.startswith("UTMALDG.2D") for name in count)
+    assert count["UTMALDG.2D"] > 0
+    assert count["UTMALDG.2D.MULTICAST"] > 0
     assert count["UTMASTG.2D"] > 0
     assert any(name.startswith("STSM.16") for name in count)  # stmatrix
     assert any(name.startswith("STSM.16.MT88") for name in count) == (direction == "backward")
     # P or Q is read through TMA behind a flag: forward in main tiles, backward in dx and da items.
     flags = 1 if direction == "forward" else 2
     assert count["FENCE.VIEW.ASYNC.G"] == flags
-    # gpu-scope fences: one behind each flag, one before each publication, two in the clean-up.
-    assert count["MEMBAR.ALL.GPU"] == flags + 1 + 2
+    # gpu-scope fences: behind each flag, before a publication, with a ticket for the cluster, in
+    # the clean-up (two) and where the cluster meets at start and end.
+    assert count["MEMBAR.ALL.GPU"] == flags + 1 + 1 + 2 + 2
     assert not any(name.startswith(("LDL", "STL", "CALL")) for name in count)
 
 

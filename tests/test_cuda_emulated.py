@@ -40,9 +40,9 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("sms", "resident"), [(1, 1), (5, 2)])
-def test_the_kernels_compute_what_they_should(case: Case, sms: int, resident: int) -> None:
-    with emulation(sms, sms, resident):
+@pytest.mark.parametrize(("clusters", "resident"), [(1, 1), (4, 2)])
+def test_the_kernels_compute_what_they_should(case: Case, clusters: int, resident: int) -> None:
+    with emulation(clusters, clusters, resident):
         check_backend(cuda.BACKEND, case)
     words = workspace.workspace(1, torch.device("cpu"))
     assert not words.any(), "the workspace must be zero between launches"
@@ -59,8 +59,8 @@ def _results(case: Case, **changes: torch.Tensor) -> list[torch.Tensor]:
 def test_no_interleaving_changes_a_bit(dropout_p: float) -> None:
     case = Case(264, 328, 264, 72, bf16, bias=True, dropout_p=dropout_p)
     results = []
-    for seed, (sms, resident) in enumerate([(1, 1), (3, 3), (4, 2), (7, 7)]):
-        with emulation(seed, sms, resident):
+    for seed, (clusters, resident) in enumerate([(1, 1), (3, 3), (4, 2), (7, 7)]):
+        with emulation(seed, clusters, resident):
             results.append(_results(case))
     for result in results[1:]:
         for first, other in zip(results[0], result, strict=True):

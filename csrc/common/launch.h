@@ -58,10 +58,11 @@ struct TensorMaps {
   }
 };
 
-// Launches `kernel` on the current device, which is asked for its SM count and told of the shared
-// memory once; neither call synchronises or touches the stream.
+// Launches `kernel` for `items`, each the work of a cluster of `ctas`, on the current device, which
+// is asked for its SM count and told of the shared memory once; neither call synchronises or
+// touches the stream.
 template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items,
+cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items, int ctas,
                    cudaStream_t stream) {
   constexpr int kDevices = 64;
   static std::atomic<int> sm_counts[kDevices];  // of this kernel's devices; 0: not asked yet
@@ -81,10 +82,15 @@ cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int
     sm_counts[device] = sms;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(items < sms ? items : sms);
+  config.gridDim = dim3(ctas * (items < sms / ctas ? items : sms / ctas));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, parameters);
 }
 

@@ -1,6 +1,10 @@
 // The two queues between the producer warp and the consumer warpgroups, in shared memory: a ring of
 // stages that TMA fills and wgmma empties, and the tickets of the items those stages belong to.
 //
+// The CTAs of a cluster work on the same items, on consecutive blocks of rows: they share the right
+// operand, so each loads its part of it for all. A stage is therefore empty when the consumers of
+// every CTA have left it. The first CTA takes the tickets and hands them to all.
+//
 // Each slot has a full and an empty barrier. Both sides walk the slots in the same order and flip
 // the parity they wait for on every wrap; a producer's first wait on an empty slot is for parity 1,
 // which a fresh barrier has already passed.
@@ -52,13 +56,10 @@ struct Queue {
   }
 };
 
-// Frees a slot: one arrival for each consumer warp.
-LORA_DEVICE void release(uint32_t empty_barrier) {
-  if (ptx::thread_index() % 32 == 0) ptx::barrier_arrive(empty_barrier);
-}
-
 // One side's view of both queues.
 struct Pipeline {
+  int ctas;  // of the cluster
+  int rank = ptx::cluster_rank();
   uint32_t base = shared_base();
   Queue<kStages> stages{base + kBarrierOffset};
   Queue<kTickets> tickets{base + kBarrierOffset + 16 * kStages};
@@ -66,31 +67,47 @@ struct Pipeline {
   LORA_DEVICE uint32_t panels() const { return base + stages.slot * kStageBytes; }
   LORA_DEVICE uint32_t ticket_address() const { return base + kTicketOffset + 4 * tickets.slot; }
 
-  // By one thread, before the block synchronises.
+  LORA_DEVICE explicit Pipeline(int ctas) : ctas(ctas) {}
+
+  // By one thread, before the cluster synchronises.
   LORA_DEVICE void init() const {
     for (int i = 0; i < kStages; ++i) {
       ptx::barrier_init(stages.barriers + 8 * i, 1);
-      ptx::barrier_init(stages.barriers + 8 * (kStages + i), kConsumerWarps);
+      ptx::barrier_init(stages.barriers + 8 * (kStages + i), kConsumerWarps * ctas);
     }
     for (int i = 0; i < kTickets; ++i) {
       ptx::barrier_init(tickets.barriers + 8 * i, 1);
-      ptx::barrier_init(tickets.barriers + 8 * (kTickets + i), kConsumerWarps);
+      // Readers are all consumer warps and the producers beside the first, which wrote it.
+      ptx::barrier_init(tickets.barriers + 8 * (kTickets + i), kConsumerWarps * ctas + ctas - 1);
     }
     ptx::fence_barrier_init();
   }
 
+  // Leaves a stage, given its empty barrier: each consumer warp arrives at every CTA.
+  LORA_DEVICE void release(uint32_t empty_barrier) const {
+    const int lane = ptx::thread_index() % 32;
+    if (lane < ctas) ptx::barrier_arrive(ptx::in_cta(empty_barrier, lane));
+  }
+
+  // By the producer of the first CTA.
   LORA_DEVICE void put_ticket(uint32_t ticket) {
     tickets.await_empty();
-    ptx::store_shared(ticket_address(), ticket);
-    ptx::barrier_arrive(tickets.full());
+#pragma unroll 1
+    for (int cta = 0; cta < ctas; ++cta) {
+      ptx::store_cluster(ptx::in_cta(ticket_address(), cta), ticket);
+      ptx::barrier_arrive_cluster(ptx::in_cta(tickets.full(), cta));
+    }
     tickets.advance();
   }
 
-  LORA_DEVICE uint32_t get_ticket() {
-    tickets.await_full();
+  // By a consumer warp, or by the one producer thread of another CTA.
+  LORA_DEVICE uint32_t get_ticket(bool whole_warp) {
+    ptx::barrier_wait_cluster(tickets.full(), tickets.parity);
     const uint32_t ticket = ptx::load_shared(ticket_address());
-    ptx::warp_sync();  // all lanes have read before one of them arrives for the warp
-    release(tickets.empty());
+    if (whole_warp) ptx::warp_sync();  // all lanes have read before one arrives for the warp
+    if (!whole_warp || ptx::thread_index() % 32 == 0) {
+      ptx::barrier_arrive(ptx::in_cta(tickets.empty(), 0));
+    }
     tickets.advance();
     return ticket;
   }

@@ -31,6 +31,27 @@ namespace ptx {
 LORA_DEVICE int thread_index() { return threadIdx.x; }
 LORA_DEVICE int block_count() { return gridDim.x; }
 
+// A cluster is one or two CTAs that run at the same time and can reach each other's shared memory.
+LORA_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+LORA_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// Returns where this CTA's shared address lies in the CTA `rank` of the cluster.
+LORA_DEVICE uint32_t in_cta(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
 LORA_DEVICE uint32_t dynamic_shared() {
   extern __shared__ __align__(1024) uint8_t shared[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -42,8 +63,9 @@ LORA_DEVICE uint32_t load_shared(uint32_t address) {
   return value;
 }
 
-LORA_DEVICE void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+// To a CTA of the cluster: `address` comes from in_cta.
+LORA_DEVICE void store_cluster(uint32_t address, uint32_t value) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 LORA_DEVICE void load_shared(uint32_t address, uint32_t (&v)[4]) {
@@ -91,8 +113,16 @@ LORA_DEVICE void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// At a CTA of the cluster: `barrier` comes from in_cta. Says that this warp's reads are over and,
+// in its own CTA only, releases its writes; a release to the cluster would be a MEMBAR.ALL.GPU.
 LORA_DEVICE void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same, and what this thread has written becomes visible to those who wait_cluster for it.
+LORA_DEVICE void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
 }
 
 LORA_DEVICE void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
@@ -115,11 +145,24 @@ LORA_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+LORA_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni finished;\n"
+      "bra.uni again;\n"
+      "finished:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // Every thread of the warpgroup meets at the hardware barrier `id` (1 to 15).
 LORA_DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
 LORA_DEVICE void warp_sync() { __syncwarp(); }
-LORA_DEVICE void block_sync() { __syncthreads(); }
 
 // --- Proxies and the memory model ----------------------------------------------------------------
 
@@ -169,6 +212,16 @@ LORA_DEVICE void tma_load(uint32_t target, const TensorMap* map, uint32_t barrie
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4}], [%2];" ::"r"(target),
       "l"(map), "r"(barrier), "r"(inner), "r"(outer)
+      : "memory");
+}
+
+// The same to every CTA of the cluster in `ctas`: to the same address, signalling the same barrier.
+LORA_DEVICE void tma_load_multicast(uint32_t target, const TensorMap* map, uint32_t barrier,
+                                    int inner, int outer, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(inner), "r"(outer), "h"(ctas)
       : "memory");
 }
 

@@ -19,10 +19,10 @@ struct TensorMaps {
 };
 
 template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items,
+cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items, int ctas,
                    cudaStream_t) {
-  const int blocks = std::min(items, emulate::Machine::options().sms);
-  emulate::Machine::run(blocks, kThreads, [&] { kernel(parameters); });
+  const int clusters = std::min(items, emulate::Machine::options().clusters);
+  emulate::Machine::run(clusters, ctas, kThreads, [&] { kernel(parameters); });
   return cudaSuccess;
 }
 

@@ -7,9 +7,10 @@
 // - shared memory has two views: ordinary stores reach the asynchronous one (TMA, wgmma) only
 //   through this thread's fence.proxy.async;
 // - a flag that was read relaxed allows no TMA load before an acquire and a global proxy fence;
-// - CTAs start at random times, and at most `resident` at a time.
+// - clusters start at random times, and at most `resident` at a time.
 // Rules broken beyond doubt (a dead end, a surplus arrival, shared memory given up while a store
-// still reads it) raise an error. What is not modelled: time, caches, register limits, clusters.
+// still reads it) raise an error. What is not modelled: time, caches,
+// register limits, and the scopes of barriers (a cluster's are taken to be right).
 #pragma once
 
 #include <ucontext.h>
@@ -38,7 +39,7 @@ constexpr uint32_t kSharedStart = 512;  // not a multiple of 1024: the kernel mu
 constexpr uint32_t kSharedBytes = 227 * 1024;
 
 struct Options {
-  int seed = 0, sms = 3, resident = 3;
+  int seed = 0, clusters = 3, resident = 3;
   std::string fault;  // one primitive that misbehaves, see `faulty`
 };
 
@@ -73,7 +74,8 @@ struct Warpgroup {
 };
 
 struct Cta {
-  int unfinished = 0;
+  int rank = 0, unfinished = 0;
+  std::vector<Cta*> cluster;
   std::vector<uint8_t> ordinary, async;  // the two views of shared memory
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
@@ -95,7 +97,7 @@ struct Thread {
   Cta* cta;
   int index;
   std::function<void()> body;
-  ucontext_t context;
+  ucontext_t context{};
   std::unique_ptr<char[]> stack;
   std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // ordinary writes: address, bytes
   bool needs_acquire = false, needs_proxy_fence = false, may_multiply = false;
@@ -119,16 +121,22 @@ class Machine {
   int blocks() const { return static_cast<int>(ctas_.size()); }
   uint32_t random(uint32_t below) { return random_() % below; }
 
-  // Runs `kernel` in every thread of `blocks` CTAs to the end.
-  static void run(int blocks, int threads, const std::function<void()>& kernel) {
+  // Runs `kernel` in every thread of `clusters` clusters of `ctas` CTAs to the end.
+  static void run(int clusters, int ctas, int threads, const std::function<void()>& kernel) {
     Machine machine;
     current() = &machine;
     machine.random_.seed(options().seed);
-    for (int i = 0; i < blocks; ++i) {
+    for (int i = 0; i < clusters * ctas; ++i) {
       machine.ctas_.push_back(std::make_unique<Cta>());
+      machine.ctas_.back()->rank = i % ctas;
       machine.ctas_.back()->unfinished = threads;
     }
-    machine.loop(threads, kernel);
+    for (int i = 0; i < clusters * ctas; ++i) {
+      for (int j = 0; j < ctas; ++j) {
+        machine.ctas_[i]->cluster.push_back(machine.ctas_[i / ctas * ctas + j].get());
+      }
+    }
+    machine.loop(ctas, threads, kernel);
     current() = nullptr;
     if (!machine.error_.empty()) throw std::runtime_error(machine.error_);
   }
@@ -175,7 +183,10 @@ class Machine {
   }
 
   void meet(int id, int threads, uint32_t* exchanged = nullptr) {
-    Meeting& meeting = cta().meetings[id];
+    meet(cta(), id, threads, exchanged);
+  }
+  void meet(Cta& where, int id, int threads, uint32_t* exchanged = nullptr) {
+    Meeting& meeting = where.meetings[id];
     const int generation = meeting.generation;
     uint32_t* values = meeting.values[generation % 2];
     if (exchanged != nullptr) values[thread().index % 32] = *exchanged;
@@ -212,31 +223,38 @@ class Machine {
   // Most tasks are done soon, some very late: both are where protocols break.
   int64_t lag() { return now_ + random(random(4) == 0 ? 50000 : 200); }
 
-  void admit(int threads, const std::function<void()>& kernel) {
+  void admit(int ctas, int threads, const std::function<void()>& kernel) {
     int active = 0;
     for (int i = 0; i < started_; ++i) active += ctas_[i]->unfinished > 0;
-    if (started_ == blocks() || active >= options().resident) return;
+    if (started_ == blocks() || active >= options().resident * ctas) return;
     if (active > 0 && random(2000) != 0) return;
-    Cta* cta = ctas_[started_++].get();
+    for (int i = 0; i < ctas; ++i) start(ctas_[started_++].get(), threads, kernel);
+  }
+
+  [[gnu::noinline]] static void prepare(Thread& thread) {
+    constexpr size_t kStack = 1 << 16;
+    thread.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    getcontext(&thread.context);
+    thread.context.uc_stack = {thread.stack.get(), 0, kStack};
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &Machine::enter, 0);
+  }
+
+  void start(Cta* cta, int threads, const std::function<void()>& kernel) {
     for (int i = 0; i < threads; ++i) {
       auto thread = std::make_unique<Thread>();
       thread->cta = cta;
       thread->index = i;
       thread->body = kernel;
-      constexpr size_t kStack = 1 << 16;
-      thread->stack = std::make_unique_for_overwrite<char[]>(kStack);
-      getcontext(&thread->context);
-      thread->context.uc_stack = {thread->stack.get(), 0, kStack};
-      thread->context.uc_link = nullptr;
-      makecontext(&thread->context, &Machine::enter, 0);
+      prepare(*thread);
       ready_.push_back(thread.get());
       threads_.push_back(std::move(thread));
     }
   }
 
-  void loop(int threads, const std::function<void()>& kernel) {
+  void loop(int ctas, int threads, const std::function<void()>& kernel) {
     while (error_.empty()) {
-      admit(threads, kernel);
+      admit(ctas, threads, kernel);
       ++now_;
       const size_t candidate = tasks_.empty() ? 0 : random(static_cast<uint32_t>(tasks_.size()));
       if (!tasks_.empty() && (ready_.empty() || tasks_[candidate]->due <= now_)) {

@@ -20,6 +20,21 @@ using emulate::Machine;
 
 inline int thread_index() { return Machine::thread().index; }
 inline int block_count() { return Machine::get().blocks(); }
+inline int cluster_rank() { return Machine::cta().rank; }
+inline void cluster_sync() {
+  emulate::Cta& first = *Machine::cta().cluster[0];
+  Machine::get().meet(first, 0, 384 * static_cast<int>(first.cluster.size()));
+}
+
+// Addresses of the cluster: the rank + 1 in the upper byte, 0 for this CTA's own.
+inline uint32_t in_cta(uint32_t address, int rank) { return address | (rank + 1u) << 24; }
+inline emulate::Cta& cta_of(uint32_t address) {
+  emulate::Cta& own = Machine::cta();
+  emulate::Cta& cta = address >> 24 == 0 ? own : *own.cluster[(address >> 24) - 1];
+  Machine::require(cta.unfinished == 384, "access to a CTA whose threads have begun to leave");
+  return cta;
+}
+
 inline uint32_t dynamic_shared() { return emulate::kSharedStart; }
 
 // --- Ordinary access to shared memory ------------------------------------------------------------
@@ -36,7 +51,9 @@ inline uint32_t load_shared(uint32_t address) {
   std::memcpy(&value, &Machine::cta().ordinary[address], 4);
   return value;
 }
-inline void store_shared(uint32_t address, uint32_t value) { write_shared(address, &value, 4); }
+inline void store_cluster(uint32_t address, uint32_t value) {
+  std::memcpy(&cta_of(address).ordinary[address & 0xFFFFFF], &value, 4);
+}
 inline void load_shared(uint32_t address, uint32_t (&v)[4]) {
   std::memcpy(v, &Machine::cta().ordinary[address], 16);
 }
@@ -73,8 +90,10 @@ inline uint32_t shuffle_quad(uint32_t value, int source) {
 // --- Barriers ------------------------------------------------------------------------------------
 
 inline emulate::Barrier& barrier_at(uint32_t address) {
-  Machine::require(Machine::cta().barriers.count(address) == 1, "no mbarrier at this address");
-  return Machine::cta().barriers[address];
+  emulate::Cta& cta = cta_of(address);
+  address &= 0xFFFFFF;
+  Machine::require(cta.barriers.count(address) == 1, "no mbarrier at this address");
+  return cta.barriers[address];
 }
 
 inline void complete_if_done(emulate::Barrier& barrier) {
@@ -113,12 +132,16 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   Machine::get().wait(barrier.waiters, [&] { return barrier.phase % 2 != parity; });
 }
 
+inline void barrier_wait_cluster(uint32_t address, uint32_t parity) {
+  barrier_wait(address, parity);
+}
+inline void barrier_arrive_cluster(uint32_t address) { barrier_arrive(address); }
+
 inline void warpgroup_sync(int id) { Machine::get().meet(id, 128); }
 inline void warp_sync() {
   uint32_t values[32];
   gather_warp(0, values);
 }
-inline void block_sync() { Machine::get().meet(0, 384); }
 
 // --- Proxies and the memory model ----------------------------------------------------------------
 
@@ -174,25 +197,34 @@ inline void for_box(const TensorMap& map, uint32_t shared, int inner, int outer,
   }
 }
 
-inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int inner,
-                     int outer) {
+inline void tma_load_multicast(uint32_t target, const TensorMap* map, uint32_t barrier, int inner,
+                               int outer, uint16_t ctas) {
   Machine::require(target % 1024 == 0, "a panel must be aligned to 1024 bytes");
   Machine::require(map->data != nullptr, "TMA load from an absent tensor");
   emulate::Thread& thread = Machine::thread();
   Machine::require(!thread.needs_acquire && !thread.needs_proxy_fence,
                    "a TMA load behind a flag without acquire and proxy fence");
-  emulate::Cta* cta = thread.cta;
-  Machine::get().start([=, map = *map] {
-    for_box(map, target, inner, outer, [&](uint32_t address, const uint8_t* element) {
-      uint16_t value = 0;
-      if (element != nullptr) std::memcpy(&value, element, 2);
-      std::memcpy(&cta->ordinary[address], &value, 2);
-      std::memcpy(&cta->async[address], &value, 2);
+  for (emulate::Cta* cta : thread.cta->cluster) {  // each copy arrives in its own time
+    if ((ctas >> cta->rank & 1) == 0) continue;
+    Machine::get().start([=, map = *map] {
+      Machine::require(cta->unfinished == 384, "TMA load into a CTA that has begun to leave");
+      for_box(map, target, inner, outer, [&](uint32_t address, const uint8_t* element) {
+        uint16_t value = 0;
+        if (element != nullptr) std::memcpy(&value, element, 2);
+        std::memcpy(&cta->ordinary[address], &value, 2);
+        std::memcpy(&cta->async[address], &value, 2);
+      });
+      emulate::Barrier& full = cta->barriers[barrier];
+      full.bytes -= 64 * 64 * 2;
+      complete_if_done(full);
     });
-    emulate::Barrier& full = cta->barriers[barrier];
-    full.bytes -= 64 * 64 * 2;
-    complete_if_done(full);
-  });
+  }
+}
+
+inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int inner,
+                     int outer) {
+  const auto self = static_cast<uint16_t>(1 << cluster_rank());
+  tma_load_multicast(target, map, barrier, inner, outer, self);
 }
 
 inline void tma_store(const TensorMap* map, uint32_t source, int inner, int outer) {

@@ -10,46 +10,45 @@ namespace lora {
 struct BackwardParameters {
   TensorMap dy, x, w, a, b, p, q, dx, da, db;
   uint32_t* workspace;
+  int ctas;  // of a cluster, which takes as many blocks of 128 at a time
   int m, n, k, r;
   bool need_dx, need_da, need_db;
   float scale;
   Dropout dropout;
 
-  LORA_HOST_DEVICE int row_blocks() const { return blocks(m, kTileM); }
+  LORA_HOST_DEVICE int groups(int size) const { return blocks(size, ctas * kTileM); }
   LORA_HOST_DEVICE int column_blocks() const { return blocks(k, kTileN); }
   LORA_HOST_DEVICE int rank_tiles() const { return blocks(r, kRankTile); }
-  LORA_HOST_DEVICE int q_end() const {
-    return need_dx || need_da ? row_blocks() * rank_tiles() : 0;
-  }
-  LORA_HOST_DEVICE int db_end() const {
-    return q_end() + (need_db ? blocks(n, kTileM) * rank_tiles() : 0);
-  }
+  LORA_HOST_DEVICE int q_end() const { return need_dx || need_da ? groups(m) * rank_tiles() : 0; }
+  LORA_HOST_DEVICE int db_end() const { return q_end() + (need_db ? groups(n) * rank_tiles() : 0); }
   LORA_HOST_DEVICE int dx_end() const {
-    return db_end() + (need_dx ? row_blocks() * column_blocks() : 0);
+    return db_end() + (need_dx ? groups(m) * column_blocks() : 0);
   }
-  LORA_HOST_DEVICE int end() const {
-    return dx_end() + (need_da ? blocks(k, kTileM) * rank_tiles() : 0);
-  }
+  LORA_HOST_DEVICE int end() const { return dx_end() + (need_da ? groups(k) * rank_tiles() : 0); }
 
-  // The block of 128 and the rank tile of a Q, db or da item that is `item` of its kind.
-  LORA_HOST_DEVICE Tile skinny(int item) const {
-    return {item / rank_tiles(), item % rank_tiles()};
+  // The part of the CTA `cta` of a cluster in an item: block of 128 and rank tile of the `item`-th
+  // Q, db or da item, row block and column block of a dx tile.
+  LORA_HOST_DEVICE Tile skinny(int item, int cta) const {
+    return {item / rank_tiles() * ctas + cta, item % rank_tiles()};
   }
-  LORA_HOST_DEVICE Tile dx_tile(int ticket) const {
-    return grouped_tile(ticket - db_end(), row_blocks(), column_blocks(), kGroup);
+  LORA_HOST_DEVICE Tile dx_tile(int ticket, int cta) const {
+    const auto [group, column] =
+        grouped_tile(ticket - db_end(), groups(m), column_blocks(), kGroup / ctas);
+    return {group * ctas + cta, column};
   }
 };
 
 LORA_DEVICE void produce(const BackwardParameters& f, Pipeline& pipeline, int ticket) {
   constexpr Major kK = Major::kK, kMn = Major::kMn;
+  const int cta = pipeline.rank;
   if (ticket < f.q_end()) {
-    const auto [row, rank] = f.skinny(ticket);
+    const auto [row, rank] = f.skinny(ticket, cta);
     load<kRankTile, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.b, rank * kRankTile}, f.n);
   } else if (ticket < f.db_end()) {
-    const auto [block, rank] = f.skinny(ticket - f.q_end());
+    const auto [block, rank] = f.skinny(ticket - f.q_end(), cta);
     load<kRankTile, kMn, kMn>(pipeline, {&f.dy, block * kTileM}, {&f.p, rank * kRankTile}, f.m);
   } else if (ticket < f.dx_end()) {
-    const auto [row, column] = f.dx_tile(ticket);
+    const auto [row, column] = f.dx_tile(ticket, cta);
     const auto frozen = [&, row = row, column = column] {
       load<kTileN, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.w, column * kTileN}, f.n);
     };
@@ -58,8 +57,8 @@ LORA_DEVICE void produce(const BackwardParameters& f, Pipeline& pipeline, int ti
     load<kTileN, kK, kMn>(pipeline, {&f.q, row * kTileM}, {&f.a, column * kTileN}, f.r);
     if (f.dropout.enabled) frozen();
   } else {
-    const auto [block, rank] = f.skinny(ticket - f.dx_end());
-    await_flag(f.workspace + kAllReady, kConsumerWarpgroups * f.q_end());
+    const auto [block, rank] = f.skinny(ticket - f.dx_end(), cta);
+    await_flag(f.workspace + kAllReady, kConsumerWarpgroups * f.ctas * f.q_end());
     load<kRankTile, kMn, kMn>(pipeline, {&f.x, block * kTileM}, {&f.q, rank * kRankTile}, f.m);
   }
 }
@@ -151,17 +150,19 @@ template <class Element>
 LORA_KERNEL(kThreads)
 lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
   run_items(
-      f.workspace, kReady + f.row_blocks(), f.end(),
+      f.ctas, f.workspace, kReady + f.groups(f.m) * f.ctas, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
+        const int cta = pipeline.rank;
         if (ticket < f.q_end()) {
-          q_item<Element>(f, pipeline, store, f.skinny(ticket));
+          q_item<Element>(f, pipeline, store, f.skinny(ticket, cta));
         } else if (ticket < f.db_end()) {
-          db_item<Element>(f, pipeline, store, f.skinny(ticket - f.q_end()));
+          db_item<Element>(f, pipeline, store, f.skinny(ticket - f.q_end(), cta));
         } else if (ticket < f.dx_end()) {
-          dx_tile<Element>(f, with_seed(f.dropout), pipeline, store, f.dx_tile(ticket));
+          dx_tile<Element>(f, with_seed(f.dropout), pipeline, store, f.dx_tile(ticket, cta));
         } else {
-          da_item<Element>(f, with_seed(f.dropout), pipeline, store, f.skinny(ticket - f.dx_end()));
+          da_item<Element>(f, with_seed(f.dropout), pipeline, store,
+                           f.skinny(ticket - f.dx_end(), cta));
         }
       });
 }
@@ -181,6 +182,7 @@ cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                       maps(f.da, f.r, f.k),
                                       maps(f.db, f.n, f.r),
                                       reinterpret_cast<uint32_t*>(f.workspace),
+                                      cluster_ctas(f.m),
                                       f.m,
                                       f.n,
                                       f.k,
@@ -191,7 +193,8 @@ cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                       f.scale,
                                       f.dropout};
   if (maps.error != cudaSuccess) return maps.error;
-  return launch(lora_linear_backward<Element>, parameters, parameters.end(), stream);
+  return launch(lora_linear_backward<Element>, parameters, parameters.end(), parameters.ctas,
+                stream);
 }
 
 }  // namespace lora

@@ -11,33 +11,37 @@ struct ForwardParameters {
   TensorMap x, w, a, b, y, p;
   const uint16_t* bias;
   uint32_t* workspace;
+  int ctas;  // of a cluster, which takes as many blocks of rows at a time
   int m, n, k, r;
   float scale;
   Dropout dropout;
 
-  LORA_HOST_DEVICE int row_blocks() const { return blocks(m, kTileM); }
+  LORA_HOST_DEVICE int row_groups() const { return blocks(m, ctas * kTileM); }
   LORA_HOST_DEVICE int column_blocks() const { return blocks(n, kTileN); }
   LORA_HOST_DEVICE int rank_tiles() const { return blocks(r, kRankTile); }
-  LORA_HOST_DEVICE int p_end() const { return row_blocks() * rank_tiles(); }
-  LORA_HOST_DEVICE int end() const { return p_end() + row_blocks() * column_blocks(); }
+  LORA_HOST_DEVICE int p_end() const { return row_groups() * rank_tiles(); }
+  LORA_HOST_DEVICE int end() const { return p_end() + row_groups() * column_blocks(); }
 
-  // Row block and rank tile of a P item; row block and column block of a main tile.
-  LORA_HOST_DEVICE Tile p_item(int ticket) const {
-    return {ticket / rank_tiles(), ticket % rank_tiles()};
+  // The part of the CTA `cta` of a cluster in an item: row block and rank tile of a P item, row
+  // block and column block of a main tile.
+  LORA_HOST_DEVICE Tile p_item(int ticket, int cta) const {
+    return {ticket / rank_tiles() * ctas + cta, ticket % rank_tiles()};
   }
-  LORA_HOST_DEVICE Tile main_tile(int ticket) const {
-    return grouped_tile(ticket - p_end(), row_blocks(), column_blocks(), kGroup);
+  LORA_HOST_DEVICE Tile main_tile(int ticket, int cta) const {
+    const auto [group, column] =
+        grouped_tile(ticket - p_end(), row_groups(), column_blocks(), kGroup / ctas);
+    return {group * ctas + cta, column};
   }
 };
 
 LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int ticket) {
   if (ticket < f.p_end()) {
-    const auto [row, rank] = f.p_item(ticket);
+    const auto [row, rank] = f.p_item(ticket, pipeline.rank);
     load<kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.a, rank * kRankTile},
                                           f.k);
     return;
   }
-  const auto [row, column] = f.main_tile(ticket);
+  const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   load<kTileN, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.w, column * kTileN}, f.k);
   await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
   load<kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM}, {&f.b, column * kTileN}, f.r);
@@ -47,7 +51,7 @@ LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int tic
 template <class Element>
 LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                         Store& store, int ticket) {
-  const auto [row_block, rank] = f.p_item(ticket);
+  const auto [row_block, rank] = f.p_item(ticket, pipeline.rank);
   const int row = row_block * kTileM + consumer() * kPanel;
   float acc[kRankTile / 2];
   fill_zero(acc);
@@ -82,7 +86,7 @@ LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint16_t* bias, int co
 template <class Element>
 LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store& store,
                            int ticket) {
-  const auto [row, column] = f.main_tile(ticket);
+  const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   float acc[kTileN / 2];
   fill_zero(acc);
   contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.k, f.r), NoMask{});
@@ -94,7 +98,7 @@ template <class Element>
 LORA_KERNEL(kThreads)
 lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
   run_items(
-      f.workspace, kReady + f.row_blocks(), f.end(),
+      f.ctas, f.workspace, kReady + f.row_groups() * f.ctas, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         if (ticket < f.p_end()) {
@@ -117,6 +121,7 @@ cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
                                      maps(p, m, r),
                                      reinterpret_cast<const uint16_t*>(bias),
                                      reinterpret_cast<uint32_t*>(workspace),
+                                     cluster_ctas(m),
                                      m,
                                      n,
                                      k,
@@ -124,7 +129,8 @@ cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
                                      scale,
                                      dropout};
   if (maps.error != cudaSuccess) return maps.error;
-  return launch(lora_linear_forward<Element>, parameters, parameters.end(), stream);
+  return launch(lora_linear_forward<Element>, parameters, parameters.end(), parameters.ctas,
+                stream);
 }
 
 }  // namespace lora

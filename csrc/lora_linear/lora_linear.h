@@ -18,9 +18,10 @@ struct Matrix {
 struct ForwardArguments {
   int m = 0, n = 0, k = 0, r = 0;
   Matrix x, w, a, b, y, p;
-  uintptr_t bias = 0;       // 0: none
-  uintptr_t workspace = 0;  // 3 + ceil(M/128) zeroed 32-bit words that no other running launch uses
-  float scale = 0;          // s, divided by 1-p under dropout
+  uintptr_t bias = 0;  // 0: none
+  uintptr_t workspace =
+      0;            // 3 + 2*ceil(M/256) zeroed 32-bit words that no other running launch uses
+  float scale = 0;  // s, divided by 1-p under dropout
   Dropout dropout;
 };
 

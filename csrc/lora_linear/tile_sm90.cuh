@@ -26,27 +26,42 @@ struct Operand {
   int start;
 };
 
-template <Major kMajor, int kPanels>
-LORA_DEVICE void load_panels(uint32_t target, const Operand& operand, uint32_t barrier, int depth) {
-#pragma unroll
-  for (int i = 0; i < kPanels; ++i) {
-    const int start = operand.start + i * kPanel;
-    ptx::tma_load(target + i * kPanelBytes, operand.map, barrier,
-                  kMajor == Major::kK ? depth : start, kMajor == Major::kK ? start : depth);
+template <Major kMajor>
+LORA_DEVICE void load_panel(const Pipeline& pipeline, int panel, const Operand& operand, int offset,
+                            int depth, bool shared) {
+  const uint32_t target = pipeline.panels() + panel * kPanelBytes, full = pipeline.stages.full();
+  const int start = operand.start + offset;
+  const int inner = kMajor == Major::kK ? depth : start;
+  const int outer = kMajor == Major::kK ? start : depth;
+  if (shared) {
+    ptx::tma_load_multicast(target, operand.map, full, inner, outer, (1 << pipeline.ctas) - 1);
+  } else {
+    ptx::tma_load(target, operand.map, full, inner, outer);
   }
 }
 
-// Streams both operands of a tile, contracted over `depth`, through the ring.
+// Streams both operands of a tile, contracted over `depth`, through the ring. The CTAs of a cluster
+// take turns at the panels of the right operand. A panel may come from another CTA before this one
+// expects it; the phase still ends only after this CTA's arrival.
 template <int kN, Major kMajorA, Major kMajorB>
 LORA_DEVICE void load(Pipeline& pipeline, const Operand& a, const Operand& b, int depth) {
   constexpr int kPanelsN = kN / kPanel;
 #pragma unroll 1
   for (int k = 0; k < depth; k += kDepth) {
     pipeline.stages.await_empty();
-    const uint32_t full = pipeline.stages.full(), panels = pipeline.panels();
-    ptx::barrier_arrive_expecting(full, (kPanelsA + kPanelsN) * kPanelBytes);
-    load_panels<kMajorA, kPanelsA>(panels, a, full, k);
-    load_panels<kMajorB, kPanelsN>(panels + kPanelsA * kPanelBytes, b, full, k);
+    ptx::barrier_arrive_expecting(pipeline.stages.full(), (kPanelsA + kPanelsN) * kPanelBytes);
+#pragma unroll
+    for (int i = 0; i < kPanelsA; ++i) {
+      load_panel<kMajorA>(pipeline, i, a, i * kPanel, k, false);
+    }
+#pragma unroll
+    for (int i = 0; i < kPanelsN; ++i) {
+      if (pipeline.ctas == 1) {
+        load_panel<kMajorB>(pipeline, kPanelsA + i, b, i * kPanel, k, false);
+      } else if (i % 2 == pipeline.rank) {
+        load_panel<kMajorB>(pipeline, kPanelsA + i, b, i * kPanel, k, true);
+      }
+    }
     pipeline.stages.advance();
   }
 }
@@ -129,12 +144,12 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, Extent exten
     for (int i = 0; i < kDepth / kWgmmaK; ++i) slice(i);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (previous != 0) release(previous);
+    if (previous != 0) pipeline.release(previous);
     previous = pipeline.stages.empty();
     pipeline.stages.advance();
   }
   ptx::wgmma_wait<0>();
-  if (previous != 0) release(previous);
+  if (previous != 0) pipeline.release(previous);
   if (extent.last_slices != 0) {
     await();
 #pragma unroll 1
@@ -144,7 +159,7 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, Extent exten
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();  // a loop of unknown length must not carry one in flight
     }
-    release(pipeline.stages.empty());
+    pipeline.release(pipeline.stages.empty());
     pipeline.stages.advance();
   }
 }
@@ -242,18 +257,22 @@ LORA_DEVICE Dropout with_seed(Dropout dropout) {
 // Runs `produce(pipeline, ticket)` in one thread and `consume(pipeline, store, ticket)` in the
 // consumer warpgroups for each ticket below `end`. The last CTA to finish zeroes the workspace.
 template <class Produce, class Consume>
-LORA_DEVICE void run_items(uint32_t* workspace, int words, uint32_t end, const Produce& produce,
-                           const Consume& consume) {
-  Pipeline pipeline;
+LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t end,
+                           const Produce& produce, const Consume& consume) {
+  Pipeline pipeline(ctas);
   if (ptx::thread_index() == 0) pipeline.init();
-  ptx::block_sync();
+  ptx::cluster_sync();
   if (ptx::thread_index() < 128) {
     ptx::give_up_registers<kProducerRegisters>();
     if (ptx::thread_index() == 0) {
       uint32_t ticket;
       do {
-        ticket = ptx::fetch_add_relaxed(workspace + kTicket, 1);
-        pipeline.put_ticket(ticket);
+        if (pipeline.rank == 0) {
+          ticket = ptx::fetch_add_relaxed(workspace + kTicket, 1);
+          pipeline.put_ticket(ticket);
+        } else {
+          ticket = pipeline.get_ticket(false);
+        }
         if (ticket < end) produce(pipeline, ticket);
       } while (ticket < end);
     }
@@ -262,15 +281,15 @@ LORA_DEVICE void run_items(uint32_t* workspace, int words, uint32_t end, const P
     ptx::claim_registers<kConsumerRegisters>();
     Store store(pipeline);
     for (;;) {
-      const uint32_t ticket = pipeline.get_ticket();
+      const uint32_t ticket = pipeline.get_ticket(true);
       if (ticket >= end) break;
       consume(pipeline, store, ticket);
     }
     Store::drain();
   }
-  // Every flag of this CTA is published and its last ticket taken, so that nobody needs the
-  // workspace once all CTAs have come here.
-  ptx::block_sync();
+  // Nobody in the cluster reaches into this CTA any more, every flag of the cluster is published
+  // and its last ticket taken: once all CTAs have come here, nobody needs the workspace.
+  ptx::cluster_sync();
   if (ptx::thread_index() == 0) {
     ptx::fence_acq_rel_gpu();
     if (ptx::fetch_add_relaxed(workspace + kFinished, 1) == ptx::block_count() - 1u) {
@@ -279,5 +298,8 @@ LORA_DEVICE void run_items(uint32_t* workspace, int words, uint32_t end, const P
     }
   }
 }
+
+// How many CTAs share a cluster: two where there are two blocks of rows to share the right operand.
+LORA_HOST_DEVICE int cluster_ctas(int m) { return m > kTileM ? 2 : 1; }
 
 }  // namespace lora

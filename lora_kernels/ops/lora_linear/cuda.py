@@ -20,8 +20,6 @@ from lora_kernels.ops.lora_linear.workspace import workspace
 # backend and asking for it by name warns no more.
 UNVERIFIED: str | None = "checked in an emulator, but on no GPU yet"
 
-ROWS = 128  # of a block that shares a flag
-_WORDS = 3  # of the workspace besides the flags: ticket, finished CTAs, items ready in all
 _ALIGNMENT = 16  # bytes, of what TMA reads and writes: addresses and row pitches
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -67,7 +65,7 @@ def forward(
     x, weight, lora_a, lora_b = map(_addressable, (x, weight, lora_a, lora_b))
     bias = None if bias is None else bias.contiguous()
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
-    flags = workspace(_WORDS + -(-m // ROWS), x.device)
+    flags = workspace(_words(m), x.device)
     with _device(x):
         extension.load().lora_linear_forward(
             x.dtype == torch.bfloat16, m, n, k, r,
@@ -101,7 +99,7 @@ def backward(
     dy, weight, lora_a, lora_b = map(_addressable, (dy, weight, lora_a, lora_b))
     x, p = (None if t is None else _addressable(t) for t in (x, p))
     q = dy.new_empty(m, r)
-    flags = workspace(_WORDS + -(-m // ROWS), dy.device)
+    flags = workspace(_words(m), dy.device)
     with _device(dy):
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, m, n, k, r,
@@ -112,6 +110,14 @@ def backward(
 
 
 BACKEND = Backend("cuda", why_not, forward, backward, not_auto=UNVERIFIED)
+
+
+def _words(m: int) -> int:
+    """Return the workspace of a launch: ticket, finished CTAs, items ready in all, flags of rows.
+
+    A flag is for a block of 128 rows; CTAs work in pairs, so there is an even number of them.
+    """
+    return 3 + 2 * -(-m // 256)
 
 
 def _addressable(matrix: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ def emulated() -> ModuleType:
 
 
 @contextlib.contextmanager
-def emulation(seed: int = 0, clusters: int = 3, resident: int = 3, fault: str = "") -> Iterator[None]:
+def emulation(
+    seed: int = 0, clusters: int = 3, resident: int = 3, fault: str = ""
+) -> Iterator[None]:
     """Let the cuda backend run on the emulator: `clusters` at most, `resident` at a time."""
     module, load = emulated(), extension.load
     module.emulate(seed, clusters, resident, fault)

@@ -12,6 +12,7 @@
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace lora {
@@ -58,12 +59,11 @@ struct TensorMaps {
   }
 };
 
-// Launches `kernel` for `items`, each the work of a cluster of `ctas`, on the current device, which
+// Launches kKernel for `items`, each the work of a cluster of `ctas`, on the current device, which
 // is asked for its SM count and told of the shared memory once; neither call synchronises or
 // touches the stream.
-template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items, int ctas,
-                   cudaStream_t stream) {
+template <auto kKernel, class Parameters>
+cudaError_t launch(const Parameters& parameters, int items, int ctas, cudaStream_t stream) {
   constexpr int kDevices = 64;
   static std::atomic<int> sm_counts[kDevices];  // of this kernel's devices; 0: not asked yet
   int device;
@@ -76,13 +76,13 @@ cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int
       return error;
     }
     if (const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
+            kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
       return error;
     }
     sm_counts[device] = sms;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(ctas * (items < sms / ctas ? items : sms / ctas));
+  config.gridDim = dim3(ctas * std::min(items, std::max(sms / ctas, 1)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -91,7 +91,7 @@ cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int
   cluster.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, parameters);
+  return cudaLaunchKernelEx(&config, kKernel, parameters);
 }
 
 }  // namespace lora

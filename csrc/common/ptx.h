@@ -137,8 +137,8 @@ LORA_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
@@ -151,8 +151,8 @@ LORA_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
@@ -254,6 +254,13 @@ LORA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 template <int kPending>
 LORA_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving a use of accumulators above the wait that makes them valid.
+template <int kCount>
+LORA_DEVICE void pin(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 template <int kRegisters>

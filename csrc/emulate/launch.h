@@ -18,11 +18,10 @@ struct TensorMaps {
   }
 };
 
-template <class Parameters>
-cudaError_t launch(void (*kernel)(Parameters), const Parameters& parameters, int items, int ctas,
-                   cudaStream_t) {
+template <auto kKernel, class Parameters>
+cudaError_t launch(const Parameters& parameters, int items, int ctas, cudaStream_t) {
   const int clusters = std::min(items, emulate::Machine::options().clusters);
-  emulate::Machine::run(clusters, ctas, kThreads, [&] { kernel(parameters); });
+  emulate::Machine::run(clusters, ctas, kThreads, [&] { kKernel(parameters); });
   return cudaSuccess;
 }
 

@@ -356,6 +356,8 @@ inline void wgmma_wait() {
   multiply_up_to(end);
 }
 
+template <int kCount>
+inline void pin(float (&)[kCount]) {}
 template <int kRegisters>
 inline void give_up_registers() {}
 template <int kRegisters>

@@ -193,8 +193,8 @@ cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                       f.scale,
                                       f.dropout};
   if (maps.error != cudaSuccess) return maps.error;
-  return launch(lora_linear_backward<Element>, parameters, parameters.end(), parameters.ctas,
-                stream);
+  return launch<lora_linear_backward<Element>>(parameters, parameters.end(), parameters.ctas,
+                                               stream);
 }
 
 }  // namespace lora

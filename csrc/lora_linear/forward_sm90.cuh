@@ -129,8 +129,8 @@ cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
                                      scale,
                                      dropout};
   if (maps.error != cudaSuccess) return maps.error;
-  return launch(lora_linear_forward<Element>, parameters, parameters.end(), parameters.ctas,
-                stream);
+  return launch<lora_linear_forward<Element>>(parameters, parameters.end(), parameters.ctas,
+                                              stream);
 }
 
 }  // namespace lora

@@ -162,6 +162,7 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, Extent exten
     pipeline.release(pipeline.stages.empty());
     pipeline.stages.advance();
   }
+  ptx::pin(acc);
 }
 
 template <int kCount>
@@ -261,6 +262,7 @@ LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t en
                            const Produce& produce, const Consume& consume) {
   Pipeline pipeline(ctas);
   if (ptx::thread_index() == 0) pipeline.init();
+  ptx::warp_sync();
   ptx::cluster_sync();
   if (ptx::thread_index() < 128) {
     ptx::give_up_registers<kProducerRegisters>();
@@ -276,7 +278,6 @@ LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t en
         if (ticket < end) produce(pipeline, ticket);
       } while (ticket < end);
     }
-    ptx::warp_sync();
   } else {
     ptx::claim_registers<kConsumerRegisters>();
     Store store(pipeline);
@@ -287,6 +288,7 @@ LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t en
     }
     Store::drain();
   }
+  ptx::warp_sync();
   // Nobody in the cluster reaches into this CTA any more, every flag of the cluster is published
   // and its last ticket taken: once all CTAs have come here, nobody needs the workspace.
   ptx::cluster_sync();

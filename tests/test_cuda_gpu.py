@@ -1,0 +1,120 @@
+"""The CUDA backend on a Hopper GPU: numbers, repeats, streams, graphs, launches, far offsets."""
+
+import itertools
+
+import pytest
+import torch
+from test_cuda_emulated import CASES as SMALL
+
+from lora_kernels.ops.lora_linear import Problem, cuda, reference
+from lora_kernels.testing import Case, assert_accurate, bf16, check_backend, fp16, make_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")]
+
+# More tiles than SMs, more P items than SMs, several rank tiles, ragged in every direction.
+LARGE = (
+    Case(4096, 2048, 1024, 16, bf16, bias=True),
+    Case(2049, 4104, 520, 136, fp16),
+    Case(20000, 264, 136, 8, bf16, dropout_p=0.1),
+    Case(1000, 1032, 2056, 256, bf16, bias=True, dropout_p=0.5),
+)
+BUSY = Case(4000, 2056, 1032, 72, bf16, bias=True, dropout_p=0.2)
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    reason = cuda.why_not(Problem(8, 8, 8, 8, bf16, bf16, "cuda", 10 * major + minor))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def run(case: Case, seed: int = 0) -> list[torch.Tensor]:
+    """Return y, P, dx, da and db of a case."""
+    x, weight, lora_a, lora_b, bias, dy, key = make_inputs(case, "cuda", seed)
+    call = case.scaling, case.dropout_p, key
+    y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
+    return [y, p, *cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)]  # type: ignore[list-item]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
+def test_numbers(case: Case) -> None:
+    check_backend(cuda.BACKEND, case, "cuda")
+
+
+def test_a_seed_on_the_device_gives_the_same_mask() -> None:
+    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(BUSY, "cuda")
+    seed = torch.tensor([3 + 2**40])
+    results = [
+        list(cuda.forward(x, weight, lora_a, lora_b, bias, 0.5, 0.2, s))
+        for s in (seed, seed.cuda())
+    ]
+    assert same(*results)
+
+
+def test_repeats_agree_bit_for_bit() -> None:
+    first = run(BUSY)
+    assert all(same(first, run(BUSY)) for _ in range(50))
+
+
+def test_streams_side_by_side_agree_with_one_alone() -> None:
+    alone = [run(BUSY, seed) for seed in range(4)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in alone]
+    results: list[list[torch.Tensor]] = [[] for _ in alone]
+    for _, (i, stream) in itertools.product(range(10), enumerate(streams)):
+        with torch.cuda.stream(stream):
+            results[i] = run(BUSY, i)
+    torch.cuda.synchronize()
+    assert all(same(*pair) for pair in zip(alone, results, strict=True))
+
+
+def test_two_graphs_replay_at_once() -> None:
+    cases = [BUSY, BUSY._replace(m=3000, dropout_p=0.0)]
+    alone = [run(case) for case in cases]
+    graphs, results = [], []
+    for case in cases:
+        x, weight, lora_a, lora_b, bias, dy, key = make_inputs(case, "cuda")
+        call = case.scaling, case.dropout_p, key
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
+            gradients = cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)
+        graphs.append((graph, x, weight, lora_a, lora_b, bias, dy))  # what it reads must live
+        results.append([y, p, *gradients])
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _, (graph, stream) in itertools.product(range(10), zip(graphs, streams, strict=True)):
+        with torch.cuda.stream(stream):
+            graph[0].replay()
+    torch.cuda.synchronize()
+    assert all(same(*pair) for pair in zip(alone, results, strict=True))  # type: ignore[arg-type]
+
+
+def test_one_kernel_per_direction() -> None:
+    run(BUSY)
+    x, weight, lora_a, lora_b, bias, dy, _ = make_inputs(BUSY, "cuda")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _, p = cuda.forward(x, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
+        cuda.backward(dy, x, weight, lora_a, lora_b, p, 1.0, 0.0, None, True)
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert len(on_device) == 2, on_device
+    assert "lora_linear_forward" in on_device[0]
+    assert "lora_linear_backward" in on_device[1]
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    case = Case(2**17 + 8, 2**14 + 8, 64, 8, bf16)
+    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(case, "cuda")
+    y, _ = cuda.forward(x, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
+    assert y.numel() > 2**31
+    last = x[-300:]
+    eager, _ = reference.forward(last, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
+    wide = [t.cpu().double() for t in (last, weight, lora_a, lora_b)]
+    exact, _ = reference.forward(*wide, None, 1.0, 0.0, None)
+    assert_accurate("the last rows of y", y[-300:], exact, eager)

@@ -46,7 +46,7 @@ def _report() -> Iterator[str]:
         )
         cells = []
         for backend in BACKENDS:
-            reason = backend.why_not(problem)
+            reason = backend.why_not(problem) or backend.not_auto
             note = None if reason is None else reasons.setdefault(reason, len(reasons) + 1)
             cells.append("yes" if note is None else f"no [{note}]")
         rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])

@@ -34,6 +34,14 @@ def test_a_name_takes_that_backend() -> None:
     assert select((FAST, SLOW), "p", "slow") is SLOW
 
 
+def test_auto_passes_over_what_asks_for_that() -> None:
+    shy = FAST._replace(name="shy", not_auto="only by name")
+    assert select((shy, SLOW), "p") is SLOW
+    assert select((shy, SLOW), "p", "shy") is shy
+    with pytest.raises(BackendUnavailable, match="^no backend for p: shy: only by name$"):
+        select((shy,), "p")
+
+
 def test_a_name_never_falls_back() -> None:
     with pytest.raises(BackendUnavailable) as raised:
         select((ABSENT, FAST), "p", "absent")

@@ -109,7 +109,13 @@ def backward(
     return dx, da, db
 
 
-BACKEND = Backend("cuda", why_not, forward, backward, not_auto=UNVERIFIED)
+BACKEND = Backend(
+    "cuda",
+    why_not,
+    forward,
+    backward,
+    not_auto=UNVERIFIED and f"only when asked for by name: {UNVERIFIED}",
+)
 
 
 def _words(m: int) -> int:

@@ -26,6 +26,9 @@ CASES = (
     Case(200, 136, 264, 24, bf16, dropout_p=0.3),
     Case(257, 72, 520, 64, bf16, bias=True, dropout_p=0.5),
     Case(72, 136, 72, 40, bf16, bias=True, strided=True, dropout_p=0.2),
+    # Short contractions: P or Q is awaited when it has hardly been begun.
+    Case(600, 72, 72, 8, bf16),
+    Case(600, 72, 72, 8, bf16, needs=(False, True, False)),
     *(
         Case(136, 72, 264, 24, bf16, dropout_p=p, needs=needs)
         for p, needs in (

@@ -38,7 +38,7 @@ def test_auto_passes_over_what_asks_for_that() -> None:
     shy = FAST._replace(name="shy", not_auto="only by name")
     assert select((shy, SLOW), "p") is SLOW
     assert select((shy, SLOW), "p", "shy") is shy
-    with pytest.raises(BackendUnavailable, match="^no backend for p: shy: only by name$"):
+    with pytest.raises(BackendUnavailable, match=r"^no backend for p: shy: only by name$"):
         select((shy,), "p")
 
 

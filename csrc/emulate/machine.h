@@ -58,16 +58,17 @@ struct Meeting {  // of a fixed number of threads: bar.sync and the warp's colle
   Waiters waiters;
 };
 
-struct Product {  // one wgmma of a warpgroup
+struct Product {  // one warp's 16 rows of a wgmma
   uint64_t a, b;
   int n;
   bool mn_a, mn_b;
   float (*unpack)(uint16_t);
-  float* accumulators[128];
+  float* accumulators[32];
   int arrived = 0;
 };
 
-struct Warpgroup {
+struct Warp {  // as far as it multiplies: nothing says that the warps of a warpgroup keep step
+
   std::deque<Product> products;
   size_t done = 0;
   Waiters waiters;
@@ -79,7 +80,7 @@ struct Cta {
   std::vector<uint8_t> ordinary, async;  // the two views of shared memory
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
-  Warpgroup warpgroups[4];
+  Warp warps[12];
   Cta() : ordinary(kSharedBytes, 0xFF), async(kSharedBytes, 0xFF) {}  // all NaN
 };
 
@@ -154,6 +155,12 @@ class Machine {
   void yield() {
     ready_.push_back(running_);
     swapcontext(&running_->context, &scheduler_);
+  }
+  // Now and then lets this thread fall behind the others by a good deal.
+  void stall() {
+    if (random(4) == 0) {
+      for (uint32_t i = random(2000); i > 0; --i) yield();
+    }
   }
   template <class Condition>
   void wait(Waiters& waiters, const Condition& condition) {

@@ -247,12 +247,14 @@ inline void tma_store(const TensorMap* map, uint32_t source, int inner, int oute
 }
 
 inline void tma_store_commit() {
+  Machine::get().stall();
   emulate::Thread& thread = Machine::thread();
   thread.store_groups.push_back(std::move(thread.open_stores));
   thread.open_stores.clear();
 }
 
 inline void advance_stores(size_t pending, int steps) {
+  Machine::get().stall();
   auto& groups = Machine::thread().store_groups;
   for (size_t i = 0; i + pending < groups.size(); ++i) {
     for (const emulate::Store& store : groups[i]) store->advance(steps);
@@ -290,31 +292,28 @@ inline void read_operand(const emulate::Product& p, uint64_t descriptor, bool mn
   }
 }
 
-inline void multiply(const emulate::Cta& cta, const emulate::Product& p) {
+inline void multiply(const emulate::Cta& cta, int warp, const emulate::Product& p) {
   Machine::require(p.a >> 62 == 1 && p.b >> 62 == 1, "the layouts here are 128-byte swizzled");
   static float a[16 * 64], b[16 * 256];
   read_operand(p, p.a, p.mn_a, 64, cta, a);
   read_operand(p, p.b, p.mn_b, p.n, cta, b);
-  for (int row = 0; row < 64; ++row) {
+  for (int row = 0; row < 16; ++row) {
     float sums[256] = {};
     for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < p.n; ++n) sums[n] += a[k * 64 + row] * b[k * p.n + n];
+      const float left = a[k * 64 + 16 * warp + row];
+      for (int n = 0; n < p.n; ++n) sums[n] += left * b[k * p.n + n];
     }
     for (int n = 0; n < p.n; ++n) {
-      const int thread = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
-      p.accumulators[thread][n / 8 * 4 + row % 16 / 8 * 2 + n % 2] += sums[n];
+      p.accumulators[row % 8 * 4 + n % 8 / 2][n / 8 * 4 + row / 8 * 2 + n % 2] += sums[n];
     }
   }
 }
 
-inline emulate::Warpgroup& warpgroup() { return Machine::cta().warpgroups[thread_index() / 128]; }
+inline emulate::Warp& warp() { return Machine::cta().warps[thread_index() / 32]; }
 
 inline void multiply_up_to(size_t end) {
-  emulate::Warpgroup& group = warpgroup();
-  for (; group.done < end; ++group.done) {
-    const emulate::Product& product = group.products[group.done];
-    if (product.arrived < 128) return;
-    multiply(Machine::cta(), product);
+  for (emulate::Warp& w = warp(); w.done < end && w.products[w.done].arrived == 32; ++w.done) {
+    multiply(Machine::cta(), thread_index() / 32 % 4, w.products[w.done]);
   }
 }
 
@@ -324,16 +323,16 @@ inline void start_product(uint64_t a, uint64_t b, int n, bool mn_a, bool mn_b,
                           float (*unpack)(uint16_t), float* accumulators) {
   emulate::Thread& thread = Machine::thread();
   Machine::require(thread.may_multiply, "wgmma on accumulators without wgmma.fence");
-  emulate::Warpgroup& group = warpgroup();
-  if (thread.products == group.products.size()) {
-    group.products.push_back({a, b, n, mn_a, mn_b, unpack, {}, 0});
+  emulate::Warp& w = warp();
+  if (thread.products == w.products.size()) {
+    w.products.push_back({a, b, n, mn_a, mn_b, unpack, {}, 0});
   }
-  emulate::Product& product = group.products[thread.products++];
+  emulate::Product& product = w.products[thread.products++];
   Machine::require(product.a == a && product.b == b && product.n == n,
-                   "the threads of a warpgroup disagree on a wgmma");
-  product.accumulators[thread.index % 128] = accumulators;
-  if (++product.arrived == 128) {
-    Machine::get().wake(group.waiters);
+                   "the threads of a warp disagree on a wgmma");
+  product.accumulators[thread.index % 32] = accumulators;
+  if (++product.arrived == 32) {
+    Machine::get().wake(w.waiters);
     if (Machine::get().random(2) == 0) multiply_up_to(thread.products);
   }
 }
@@ -351,8 +350,8 @@ inline void wgmma_wait() {
   const size_t end = groups[groups.size() - 1 - kPending];
   groups.erase(groups.begin(), groups.end() - kPending);
   if (Machine::faulty("a product is not waited for") && kPending == 1) return;
-  emulate::Warpgroup& group = warpgroup();
-  Machine::get().wait(group.waiters, [&] { return group.products[end - 1].arrived == 128; });
+  emulate::Warp& w = warp();
+  Machine::get().wait(w.waiters, [&] { return w.products[end - 1].arrived == 32; });
   multiply_up_to(end);
 }
 

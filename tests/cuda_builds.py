@@ -40,29 +40,49 @@ def compiled() -> Path:
 @functools.cache
 def emulated() -> ModuleType:
     """Return lora_kernels._C whose kernels run in the emulator."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    path = _built("emulated", _compile_emulated) / f"_C{SUFFIX}"
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
-    spec = importlib.util.spec_from_loader("_C", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return _load(_emulated_folder())
+
+
+def mutated(folder: Path, file: str, old: str, new: str) -> ModuleType:
+    """Return the same with `old` replaced by `new` in a source, where bf16 forward sees it."""
+    shutil.copytree(CSRC, folder / "csrc")
+    source = folder / "csrc" / file
+    text = source.read_text()
+    assert old in text, f"{file} has changed: {old!r}"
+    source.write_text(text.replace(old, new))
+    mutant = _compile_one(folder / "csrc/lora_linear/forward_bf16.cu", folder, "-O1")
+    others = [str(path) for path in _emulated_folder().glob("*.o") if path.stem != "forward_bf16"]
+    # The mutant comes first: of an inline function in several objects the linker takes the first.
+    _run(["g++", "-shared", mutant, *others, "-o", str(folder / f"_C{SUFFIX}")])
+    return _load(folder)
 
 
 @contextlib.contextmanager
 def emulation(
-    seed: int = 0, clusters: int = 3, resident: int = 3, fault: str = ""
+    seed: int = 0,
+    clusters: int = 3,
+    resident: int = 3,
+    fault: str = "",
+    module: ModuleType | None = None,
 ) -> Iterator[None]:
-    """Let the cuda backend run on the emulator: `clusters` at most, `resident` at a time."""
-    module, load = emulated(), extension.load
+    """Let the cuda backend run in the emulator: `clusters` at most, `resident` at a time."""
+    module, load = module or emulated(), extension.load
     module.emulate(seed, clusters, resident, fault)
     extension.load = lambda: module
     try:
         yield
     finally:
         extension.load = load
+
+
+def _load(folder: Path) -> ModuleType:
+    name = f"{folder.name}._C"  # pybind11 would take a second module of one name for the first
+    loader = importlib.machinery.ExtensionFileLoader(name, str(folder / f"_C{SUFFIX}"))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def _built(name: str, build: Callable[[Path], None]) -> Path:
@@ -86,17 +106,25 @@ def _compile(folder: Path) -> None:
     (folder / "log.txt").write_text(_run(command, environment))
 
 
-def _compile_emulated(folder: Path) -> None:
-    def compile_one(source: Path) -> str:
-        made = folder / f"{source.stem}.o"
-        flags = "-std=c++20 -O2 -fPIC -DLORA_EMULATE -Wall -Wextra -Werror -Wno-unknown-pragmas"
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        _run(["g++", *flags.split(), *includes, "-xc++", "-c", str(source), "-o", str(made)])
-        return str(made)
+def _emulated_folder() -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return _built("emulated", _compile_emulated)
 
+
+def _compile_emulated(folder: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        objects = list(pool.map(lambda source: _compile_one(source, folder, "-O2"), SOURCES))
     _run(["g++", "-shared", *objects, "-o", str(folder / f"_C{SUFFIX}")])
+
+
+def _compile_one(source: Path, folder: Path, optimise: str) -> str:
+    made = folder / f"{source.stem}.o"
+    flags = ["-std=c++20", "-fPIC", "-DLORA_EMULATE"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    _run(["g++", optimise, *flags, *includes, "-xc++", "-c", str(source), "-o", str(made)])
+    return str(made)
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:

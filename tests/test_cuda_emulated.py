@@ -5,9 +5,12 @@ CTAs and asynchronous copies by a seed, and does late what the hardware may do l
 the protocol and the layouts are right as documented; it cannot show that the documents are.
 """
 
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
-from cuda_builds import emulation
+from cuda_builds import emulation, mutated
 
 from lora_kernels.ops.lora_linear import cuda, reference, workspace
 from lora_kernels.testing import Case, bf16, check_backend, fp16, make_inputs
@@ -110,16 +113,60 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_primitive_that_misbehaves_is_noticed(fault: str) -> None:
-    """What the checks above would not notice, they would not check: each fault must fail one."""
-    cases = Case(200, 264, 584, 72, bf16), Case(200, 72, 264, 24, bf16, dropout_p=0.3)
+TILE, FORWARD = "lora_linear/tile_sm90.cuh", "lora_linear/forward_sm90.cuh"
+MUTANTS = {
+    "P is not awaited": (
+        FORWARD,
+        "  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());\n",
+        "",
+    ),
+    "the flag comes before P is written": (
+        TILE,
+        "tma_store_wait_written();\n      ptx::fence_acq_rel_gpu",
+        "tma_store_wait_read<0>();\n      ptx::fence_acq_rel_gpu",
+    ),
+    "a stage is left while it is read": (
+        TILE,
+        "    if (previous != 0) pipeline.release(previous);\n"
+        "    previous = pipeline.stages.empty();",
+        "    pipeline.release(pipeline.stages.empty());",
+    ),
+    "others fill a store panel before its reader is known to be done": (
+        TILE,
+        "tma_store_wait_read<1>();\n      ptx::warpgroup_sync(1 + consumer());",
+        "tma_store_wait_read<1>();",
+    ),
+    "products start before all threads have masked": (
+        TILE,
+        "    ptx::warpgroup_sync(1 + consumer());\n    row += row_step",
+        "    row += row_step",
+    ),
+}
+
+
+def _assert_noticed(defect: str, fault: str = "", module: ModuleType | None = None) -> None:
+    """Assert that some case fails: what the checks would not notice, they would not check."""
+    cases = (
+        Case(200, 264, 584, 72, bf16),
+        Case(200, 72, 264, 24, bf16, dropout_p=0.3),
+        Case(600, 72, 72, 8, bf16),
+    )
     try:
-        for seed in range(8):
-            with emulation(seed, 3, 2, fault):
-                check_backend(cuda.BACKEND, cases[seed % 2])
+        for seed in range(12):
+            with emulation(seed, 3, 2, fault, module):
+                check_backend(cuda.BACKEND, cases[seed % 3])
     except (AssertionError, RuntimeError):
         return
     finally:  # a launch cut short leaves tickets and flags behind
         workspace._by_stream.clear()
-    pytest.fail(f"nothing fails although {fault}")
+    pytest.fail(f"nothing fails although {defect}")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_primitive_that_misbehaves_is_noticed(fault: str) -> None:
+    _assert_noticed(fault, fault=fault)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_in_the_source_is_noticed(name: str, tmp_path: Path) -> None:
+    _assert_noticed(name, module=mutated(tmp_path, *MUTANTS[name]))

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.config import SHARED_KIB, TileConfig, candidates, fits, pick
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.ops.lora_linear.triton import workspace
 from lora_kernels.testing import CASES, Case, check_backend, make_inputs
 
 HERE = Path(__file__).parent

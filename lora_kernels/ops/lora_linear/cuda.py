@@ -14,7 +14,7 @@ from lora_kernels import extension
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.ops.lora_linear.workspace import workspace
+from lora_kernels.ops.lora_linear.workspace import reserve
 
 # Set to None, with the record of the GPU tests beside it in bench/results/, "auto" may choose this
 # backend and asking for it by name warns no more.
@@ -65,7 +65,7 @@ def forward(
     x, weight, lora_a, lora_b = map(_addressable, (x, weight, lora_a, lora_b))
     bias = None if bias is None else bias.contiguous()
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
-    flags = workspace(_words(m), x.device)
+    flags = reserve(_words(m), x.device)
     with _device(x):
         extension.load().lora_linear_forward(
             x.dtype == torch.bfloat16, m, n, k, r,
@@ -99,7 +99,7 @@ def backward(
     dy, weight, lora_a, lora_b = map(_addressable, (dy, weight, lora_a, lora_b))
     x, p = (None if t is None else _addressable(t) for t in (x, p))
     q = dy.new_empty(m, r)
-    flags = workspace(_words(m), dy.device)
+    flags = reserve(_words(m), dy.device)
     with _device(dy):
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, m, n, k, r,

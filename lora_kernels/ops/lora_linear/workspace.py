@@ -24,7 +24,7 @@ _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _chunks: dict[torch.device, list[Tensor]] = {}
 
 
-def workspace(length: int, device: torch.device) -> Tensor:
+def reserve(length: int, device: torch.device) -> Tensor:
     """Return at least `length` zeroed int32 that no launch running at the same time will use."""
     with _lock:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

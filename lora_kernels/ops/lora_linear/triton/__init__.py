@@ -17,7 +17,7 @@ from lora_kernels.ops.lora_linear import schedule
 from lora_kernels.ops.lora_linear.config import TileConfig, pick
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.ops.lora_linear.triton.workspace import reserve
+from lora_kernels.ops.lora_linear.workspace import reserve
 
 OLDEST = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

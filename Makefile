@@ -8,6 +8,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
 RESULTS ?= runs/gpu
+CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo initialisation test lint format bench bench-compare gpu gpu-quick clean help
 
@@ -27,10 +28,12 @@ lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(READY)  ## Rewrite the sources in the project's style.
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(READY)  ## Measure LoRA on this machine, against PEFT and plain PyTorch (K="selection").
 	$(RUN) -m bench $(if $(K),-k "$(K)")
@@ -48,7 +51,7 @@ clean:  ## Remove what the commands above made.
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A PyTorch that $(PYTHON) already has (a GPU image's, say) is used as it is; else TORCH is installed.
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
 	  > $(VENV)/host 2>/dev/null \

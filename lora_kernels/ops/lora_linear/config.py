@@ -78,8 +78,11 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
     br = next((t for t in RANK_TILES if problem.r <= t), RANK_TILES[-1])
     if problem.adapter_dtype.itemsize == 4:
         br = min(br, 32)  # fp32, on the FMA units or split in two, takes twice the registers
+    blackwell = problem.arch is not None and 100 <= problem.arch < 120
     for config in _16_BIT if problem.dtype.itemsize == 2 else _32_BIT:
-        yield dataclasses.replace(config, br=br)
+        # With tcgen05 the accumulators of 256 columns leave too few registers: the loops spill.
+        if not (blackwell and config.bn == 256):
+            yield dataclasses.replace(config, br=br)
 
 
 def fits(config: TileConfig, problem: Problem) -> bool:

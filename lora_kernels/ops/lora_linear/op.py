@@ -12,9 +12,7 @@ from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.validate import validate
 
-# "auto" takes the first that can run a call. Triton stands behind the reference, which can run any,
-# until a record of its tests passing on a GPU is in bench/results/; by name it runs today.
-BACKENDS = (cuda.BACKEND, reference.BACKEND, triton.BACKEND)
+BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _ops = torch.ops.lora_kernels
 _NAMES = (AUTO, *(backend.name for backend in BACKENDS))

@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
+CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 RESULTS ?= runs/gpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -28,12 +29,12 @@ lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
 
 format: $(READY)  ## Rewrite the sources in the project's style.
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(CLANG_FORMAT) -i $(CPP)
 
 bench: $(READY)  ## Measure LoRA on this machine, against PEFT and plain PyTorch (K="selection").
 	$(RUN) -m bench $(if $(K),-k "$(K)")

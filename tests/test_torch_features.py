@@ -292,8 +292,8 @@ def test_autocast_gradients_equal_those_of_operands_cast_by_hand() -> None:
     model, x = layer(), torch.randn(6, K)
 
     def cast(x: Tensor) -> Tensor:
-        weight, bias = model.weight.to(bf16), model.bias.to(bf16)
-        return lora_linear(x.to(bf16), weight, model.lora_A, model.lora_B, model.scaling, bias)
+        operands = (x, model.weight, model.lora_A, model.lora_B)
+        return lora_linear(*(t.to(bf16) for t in operands), model.scaling, model.bias.to(bf16))
 
     def autocast(x: Tensor) -> Tensor:
         with torch.autocast("cpu", bf16):

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.ops.lora_linear.philox import LOW, keep_mask
-from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.triton import (
     backward_kernel,
     forward_kernel,

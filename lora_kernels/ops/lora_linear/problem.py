@@ -45,7 +45,7 @@ class Problem(NamedTuple):
             weight.dtype,
             lora_a.dtype,
             weight.device.type,
-            arch(weight.device),
+            arch(weight.device) if weight.is_cuda else None,
             bias is not None,
             dropout_p > 0,
         )

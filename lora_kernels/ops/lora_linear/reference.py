@@ -51,7 +51,11 @@ def forward(
             keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
             dropped = x[rows.start : rows.stop] * keep
             p[rows.start : rows.stop] = _project(dropped, lora_a.t(), scaling / (1 - dropout_p))
-    return _add_product(y, p, lora_b.t()), p
+    if p.dtype == y.dtype:
+        y.addmm_(p, lora_b.t())
+    else:
+        _add_wider_product(y, p, lora_b.t())
+    return y, p
 
 
 def backward(
@@ -82,7 +86,12 @@ def backward(
         dx = torch.mm(dy, weight)
     if seed is None:
         if dx is not None:
-            _add_product(dx, q, lora_a)
+            if q.dtype != dx.dtype:
+                _add_wider_product(dx, q, lora_a)
+            elif m < 8:  # for a few rows BLAS adds the R terms to dx one by one, each rounded
+                dx.add_(torch.mm(q, lora_a))
+            else:
+                dx.addmm_(q, lora_a)
         if x is not None:
             da = _correlate(q, x)
         return dx, da, db
@@ -137,16 +146,11 @@ def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
     return out
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add `left·right` to `out` in place, computed in their own dtype: [M,R]·[R,C] -> [M,C]."""
-    m, c = out.shape
-    # For a few rows BLAS would add the R terms to `out` one by one, each rounded.
-    if left.dtype == out.dtype and (m >= 8 or m > left.shape[1]):
-        return out.addmm_(left, right)
-    for rows in _blocks(m, c, out.device):
+def _add_wider_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left·right`, computed in their own wider dtype, to `out`: [M,R]·[R,C] -> [M,C]."""
+    for rows in _blocks(out.shape[0], out.shape[1], out.device):
         block = slice(rows.start, rows.stop)
         out[block].add_(torch.mm(left[block], right))
-    return out
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:

@@ -150,7 +150,8 @@ def _add_wider_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left·right`, computed in their own wider dtype, to `out`: [M,R]·[R,C] -> [M,C]."""
     for rows in _blocks(out.shape[0], out.shape[1], out.device):
         block = slice(rows.start, rows.stop)
-        out[block].add_(torch.mm(left[block], right))
+        wide = out[block].to(left.dtype)
+        out[block].copy_(wide.addmm_(left[block], right))
 
 
 def _correlate(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ import torch
 
 from bench.providers import problem
 from lora_kernels.ops.lora_linear import BACKENDS
-from lora_kernels.testing import Case, assert_accurate, bf16, expected, fp32, fp64, make_inputs
+from lora_kernels.testing import (
+    Case,
+    assert_accurate,
+    bf16,
+    expected,
+    fp32,
+    fp64,
+    make_inputs,
+    run_backend,
+)
 
 ROOT = Path(__file__).parent.parent
 TOTAL_S, QUICK_S = 520, 110
@@ -146,13 +155,10 @@ def check_small_set() -> None:
         for case in SMALL_SET:
             if backend.name == "reference" or backend.why_not(problem(case, device)):
                 continue
-            x, weight, a, b, bias, dy, seed = make_inputs(case, device)
-            call = case.scaling, case.dropout_p, seed
-            y, p = backend.forward(x, weight, a, b, bias, *call)
-            dx, da, db = backend.backward(dy, x, weight, a, b, p, *call, True)
+            results = run_backend(backend, case, make_inputs(case, device))
             on_cpu = make_inputs(case)
             exact, eager = (expected(case, on_cpu, dtype) for dtype in (fp64, case.dtype))
-            for name, got in {"y": y, "p": p, "dx": dx, "da": da, "db": db}.items():
+            for name, got in results._asdict().items():
                 assert_accurate(name, got, exact[name], eager[name])
             print(f"{backend.name}: {case}: right", flush=True)
 

@@ -15,14 +15,15 @@ class Backend(NamedTuple):
 
     `why_not(problem)` is pure and needs no GPU: it returns the reason the backend cannot run
     `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
-    `forward` and `backward` do the work; an operator's `reference.py` documents their contract.
+    `forward(call)` and `backward(call)` do the work on one typed object, the operands of a call in
+    that direction; an operator's `operands.py` documents them and what is returned.
     `not_auto` is the reason "auto" passes over it whatever the problem, or None.
     """
 
     name: str
     why_not: Callable[[Any], str | None]
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    forward: Callable[[Any], Any]
+    backward: Callable[[Any], Any]
     not_auto: str | None = None
 
 

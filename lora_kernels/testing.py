@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
 
@@ -73,7 +74,7 @@ CASES = (
 
 
 class Inputs(NamedTuple):
-    """The operands of a case, dy included; shapes as in `reference.forward` and `.backward`."""
+    """The operands of a case, dy included; shapes as in `operands.Forward` and `.Backward`."""
 
     x: Tensor
     weight: Tensor
@@ -82,6 +83,42 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     dy: Tensor
     seed: Tensor | None
+
+    def forward(self, case: Case) -> Forward:
+        """Return what `Backend.forward` takes."""
+        operands = self.x, self.weight, self.lora_a, self.lora_b, self.bias, self.seed
+        return Forward(*operands, case.scaling, case.dropout_p)
+
+    def backward(self, case: Case, p: Tensor) -> Backward:
+        """Return what `Backend.backward` takes for the gradients that `case` needs."""
+        need_dx, need_da, need_db = case.needs
+        return Backward(
+            self.dy,
+            self.x if need_da else None,
+            self.weight if need_dx else None,
+            self.lora_a if need_dx else None,
+            self.lora_b if need_dx or need_da else None,
+            p if need_db else None,
+            self.seed if need_dx or need_da else None,
+            case.scaling,
+            case.dropout_p,
+        )
+
+
+class Results(NamedTuple):
+    """What a backend returned for a case; None for a gradient that the case does not need."""
+
+    y: Tensor
+    p: Tensor
+    dx: Tensor | None
+    da: Tensor | None
+    db: Tensor | None
+
+
+def run_backend(backend: Backend, case: Case, inputs: Inputs) -> Results:
+    """Run both directions of `case` on `inputs`."""
+    y, p = backend.forward(inputs.forward(case))
+    return Results(y, p, *backend.backward(inputs.backward(case, p)))
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
@@ -174,28 +211,19 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
         AssertionError: on the first result of wrong shape, dtype or value.
     """
     inputs, pristine = make_inputs(case, device), make_inputs(case, device)
-    x, weight, lora_a, lora_b, bias, dy, seed = inputs
-    need_dx, need_da, need_db = case.needs
     with poisoned_memory():
-        y, p = backend.forward(x, weight, lora_a, lora_b, bias, case.scaling, case.dropout_p, seed)
-        dx, da, db = backend.backward(
-            dy, x if need_da else None, weight, lora_a, lora_b, p if need_db else None,
-            case.scaling, case.dropout_p, seed, need_dx,
-        )  # fmt: skip
+        results = run_backend(backend, case, inputs)
 
     reference64 = expected(case, make_inputs(case), fp64)
     eager = expected(case, pristine, case.dtype)
     for name, given, kept in zip(Inputs._fields, inputs, pristine, strict=True):
         if given is not None and kept is not None:
             assert torch.equal(given, kept), f"{name} was written to in {case}"
-    gradients = {
-        name: (got, like)
-        for name, got, like, needed in zip(
-            ("dx", "da", "db"), (dx, da, db), (x, lora_a, lora_b), case.needs, strict=True
-        )
-        if needed
-    }
-    for name, (got, like) in {"y": (y, x), "p": (p, lora_a), **gradients}.items():
+    wanted = (True, True, *case.needs)
+    likes = inputs.x, inputs.lora_a, inputs.x, inputs.lora_a, inputs.lora_b
+    for name, got, like, needed in zip(Results._fields, results, likes, wanted, strict=True):
+        if not needed:
+            continue
         assert got is not None, f"{name} is missing in {case}"
         assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
         assert_accurate(f"{name} of {case}", got, reference64[name], eager[name])

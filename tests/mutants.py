@@ -5,7 +5,7 @@ or comes out of `forward` and `backward`, so the same mutants judge the checks o
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,47 +16,18 @@ from lora_kernels.ops.lora_linear.philox import keep_mask
 Mutant = Callable[[Backend], Backend]
 
 
-class Forward(NamedTuple):
-    """The arguments of `Backend.forward`."""
-
-    x: Tensor
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor | None
-    scaling: float
-    dropout_p: float
-    seed: Tensor | None
-
-
-class Backward(NamedTuple):
-    """The arguments of `Backend.backward`."""
-
-    dy: Tensor
-    x: Tensor | None
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    p: Tensor | None
-    scaling: float
-    dropout_p: float
-    seed: Tensor | None
-    need_dx: bool
-
-
 OUTPUTS = {"forward": ("y", "p"), "backward": ("dx", "da", "db")}
-ARGUMENTS = {"forward": Forward, "backward": Backward}
 
 
 def given(change: Callable[[Any], Any], *outputs: str) -> Mutant:
-    """Take `outputs`, and only these, from the backend called with `change(arguments)`."""
+    """Take `outputs`, and only these, from the backend called with `change(call)`."""
     direction = _direction(outputs[0])
 
     def mutate(backend: Backend) -> Backend:
         run = getattr(backend, direction)
 
-        def mutant(*arguments: Any) -> tuple[Tensor | None, ...]:
-            right, wrong = run(*arguments), run(*change(ARGUMENTS[direction](*arguments)))
+        def mutant(call: Any) -> tuple[Tensor | None, ...]:
+            right, wrong = run(call), run(change(call))
             return tuple(
                 w if name in outputs and r is not None else r
                 for name, r, w in zip(OUTPUTS[direction], right, wrong, strict=True)
@@ -74,11 +45,10 @@ def returned(output: str, change: Callable[[Tensor, Any], Tensor]) -> Mutant:
     def mutate(backend: Backend) -> Backend:
         run = getattr(backend, direction)
 
-        def mutant(*arguments: Any) -> tuple[Tensor | None, ...]:
-            call = ARGUMENTS[direction](*arguments)
+        def mutant(call: Any) -> tuple[Tensor | None, ...]:
             return tuple(
                 change(r, call) if name == output and r is not None else r
-                for name, r in zip(OUTPUTS[direction], run(*arguments), strict=True)
+                for name, r in zip(OUTPUTS[direction], run(call), strict=True)
             )
 
         return backend._replace(**{direction: mutant})
@@ -102,10 +72,11 @@ def _direction(output: str) -> str:
 
 
 def with_(**changes: Any) -> Callable[[Any], Any]:
-    """Replace arguments: a value, or a function of all arguments."""
+    """Replace operands, by a value or a function of the call; what is absent stays absent."""
 
     def change(call: Any) -> Any:
-        return call._replace(**{k: v(call) if callable(v) else v for k, v in changes.items()})
+        present = {k: v for k, v in changes.items() if getattr(call, k) is not None}
+        return call._replace(**{k: v(call) if callable(v) else v for k, v in present.items()})
 
     return change
 
@@ -139,12 +110,15 @@ def truncated(rank: Callable[[int], int]) -> Callable[[Any], Any]:
     """Lose the low-rank path beyond `rank(R)`, leaving every shape as it is."""
 
     def change(call: Any) -> Any:
-        keep = torch.arange(call.lora_a.shape[0], device=call.lora_a.device) < rank(
-            call.lora_a.shape[0]
-        )
-        call = call._replace(lora_a=call.lora_a * keep[:, None], lora_b=call.lora_b * keep)
-        p = getattr(call, "p", None)
-        return call if p is None else call._replace(p=p * keep)
+        zeroed = {}
+        for name, dim in (("lora_a", 0), ("lora_b", 1), ("p", 1)):
+            tensor = getattr(call, name, None)
+            if tensor is not None:
+                r = tensor.shape[dim]
+                keep = min(max(rank(r), 0), r)
+                zeroed[name] = tensor.clone()
+                zeroed[name].narrow(dim, keep, r - keep).zero_()
+        return call._replace(**zeroed)
 
     return change
 
@@ -194,13 +168,13 @@ def dropped(call: Any) -> Tensor:
     return call.x * _keep(call, *call.x.shape) / (1 - call.dropout_p)
 
 
-def undropped(dx: Tensor, call: Backward) -> Tensor:
+def undropped(dx: Tensor, call: Any) -> Tensor:
     """Mask the whole of dx, instead of Q·A alone."""
     return dx if call.seed is None else dx * _keep(call, *dx.shape) / (1 - call.dropout_p)
 
 
 def _keep(call: Any, m: int, k: int) -> Tensor:
-    return keep_mask(call.seed, call.dropout_p, range(m), range(k), call.weight.device)
+    return keep_mask(call.seed, call.dropout_p, range(m), range(k), call[0].device)
 
 
 def _not_rescaled(call: Any) -> Any:
@@ -225,11 +199,7 @@ def _wrong_dtype(tensor: Tensor, call: Any) -> Tensor:
     return tensor.to(torch.float32 if tensor.dtype != torch.float32 else torch.float16)
 
 
-def _in_dtype_of(name: str) -> Callable[[Tensor, Any], Tensor]:
-    return lambda tensor, call: tensor.to(getattr(call, name).dtype)
-
-
-def _only_if(needed: Callable[[Backward], bool]) -> Callable[[Tensor, Backward], Tensor]:
+def _only_if(needed: Callable[[Any], bool]) -> Callable[[Tensor, Any], Tensor]:
     return lambda tensor, call: tensor if needed(call) else torch.zeros_like(tensor)
 
 
@@ -268,15 +238,9 @@ def _each_direction() -> Iterator[tuple[str, Mutant]]:
                 "scaling negated": with_(scaling=lambda c: -c.scaling),
                 "mask ignored": with_(seed=None, dropout_p=0.0),
                 "mask not rescaled": _not_rescaled,
-                "mask of the next seed": with_(
-                    seed=lambda c: None if c.seed is None else c.seed + 1
-                ),
-                "seed cut to its low word": with_(
-                    seed=lambda c: None if c.seed is None else c.seed & 0xFFFFFFFF
-                ),
-                "seed cut to its high word": with_(
-                    seed=lambda c: None if c.seed is None else c.seed >> 32 << 32
-                ),
+                "mask of the next seed": with_(seed=lambda c: c.seed + 1),
+                "seed cut to its low word": with_(seed=lambda c: c.seed & 0xFFFFFFFF),
+                "seed cut to its high word": with_(seed=lambda c: c.seed >> 32 << 32),
                 "keep probability for drop probability": with_(
                     dropout_p=lambda c: 1 - c.dropout_p if c.dropout_p else 0.0
                 ),
@@ -305,22 +269,19 @@ MUTANTS: dict[str, Mutant] = {
     "base path missing in y": given(with_(weight=lambda c: torch.zeros_like(c.weight)), "y"),
     "base path missing in dx": given(with_(weight=lambda c: torch.zeros_like(c.weight)), "dx"),
     "bias missing": given(with_(bias=None), "y"),
-    "bias added twice": given(with_(bias=lambda c: None if c.bias is None else 2 * c.bias), "y"),
+    "bias added twice": given(with_(bias=lambda c: 2 * c.bias), "y"),
     "bias missing in the last column": given(
-        with_(bias=lambda c: None if c.bias is None else filled(0.0, -1)(c.bias, c))
-        , "y"
+        with_(bias=lambda c: filled(0.0, -1)(c.bias, c)), "y"
     ),
     "bias added to p": returned("p", lambda p, c: p if c.bias is None else p + c.bias[:1]),
     "frozen path dropped": given(with_(x=dropped, seed=None, dropout_p=0.0), "y"),
     "frozen path undropped": returned("dx", undropped),
     "p from undropped x": given(with_(seed=None, dropout_p=0.0), "p"),
     "p not scaled": returned("p", lambda p, c: p / c.scaling),
-    "db from unscaled P": given(
-        with_(p=lambda c: None if c.p is None else c.p / c.scaling), "db"
-    ),
+    "db from unscaled P": given(with_(p=lambda c: c.p / c.scaling), "db"),
     "db scaled again": returned("db", lambda db, c: db * c.scaling),
     "db from P without the mask's rescaling": given(
-        with_(p=lambda c: None if c.p is None else c.p * (1 - c.dropout_p)), "db"
+        with_(p=lambda c: c.p * (1 - c.dropout_p)), "db"
     ),
     "da without its last token": given(without_last_row("x"), "da"),
     "db without its last token": given(without_last_row("p"), "db"),
@@ -349,7 +310,7 @@ MUTANTS: dict[str, Mutant] = {
     "fp32 operands rounded in da": given(_coarse("dy", "x"), "da"),
     "fp32 operands rounded in db": given(_coarse("dy", "p"), "db"),
     **{
-        f"{name} in the storage dtype": returned(name, _in_dtype_of("weight"))
+        f"{name} in the storage dtype": returned(name, lambda t, c: t.to(c[0].dtype))
         for name in ("p", "da", "db")
     },
     **{
@@ -363,21 +324,21 @@ MUTANTS: dict[str, Mutant] = {
         for name in ("dy", "x", "weight", "lora_a", "lora_b")
     },
     "dx only beside da": returned("dx", _only_if(lambda c: c.x is not None)),
-    "da only beside dx": returned("da", _only_if(lambda c: c.need_dx)),
+    "da only beside dx": returned("da", _only_if(lambda c: c.weight is not None)),
     "db only beside da": returned("db", _only_if(lambda c: c.x is not None)),
-    "db only beside dx": returned("db", _only_if(lambda c: c.need_dx)),
+    "db only beside dx": returned("db", _only_if(lambda c: c.weight is not None)),
     "dx wrong beside no da under dropout": returned(
         "dx", _only_if(lambda c: c.x is not None or c.seed is None)
     ),
     "da wrong beside no dx under dropout": returned(
-        "da", _only_if(lambda c: c.need_dx or c.seed is None)
+        "da", _only_if(lambda c: c.weight is not None or c.seed is None)
     ),
     "da unwritten for no tokens": returned("da", _where(lambda c: len(c.dy) == 0)),
     "db unwritten for no tokens": returned("db", _where(lambda c: len(c.dy) == 0)),
     "y unwritten for no in-features": returned("y", _where(lambda c: c.weight.shape[1] == 0)),
     "p unwritten for no in-features": returned("p", _where(lambda c: c.weight.shape[1] == 0)),
-    "dx unwritten for no out-features": returned("dx", _where(lambda c: c.weight.shape[0] == 0)),
-    "da unwritten for no out-features": returned("da", _where(lambda c: c.weight.shape[0] == 0)),
+    "dx unwritten for no out-features": returned("dx", _where(lambda c: c.dy.shape[1] == 0)),
+    "da unwritten for no out-features": returned("da", _where(lambda c: c.dy.shape[1] == 0)),
     "y right, x overwritten": returned("y", _overwriting("x")),
     "dx right, dy overwritten": returned("dx", _overwriting("dy")),
     "db right, B overwritten": returned("db", _overwriting("lora_b")),

@@ -23,6 +23,7 @@ LAYERS = (
     {OP},
     {f"{OP}.op"},
     BACKENDS,
+    {f"{OP}.operands"},
     {
         *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),
         f"{OP}.workspace",

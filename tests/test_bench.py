@@ -399,8 +399,8 @@ def test_wrong_and_broken_providers_stand_in_the_tables(results_file: Path, tmp_
 def test_tuning_prints_a_table_and_leaves_out_what_is_wrong(monkeypatch: Any, capsys: Any) -> None:
     first, *_ = candidates(SMOKE.case.problem())
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        y, p = reference.BACKEND.forward(*arguments)
+    def forward(call: Any) -> tuple[Tensor, Tensor]:
+        y, p = reference.BACKEND.forward(call)
         return (y * 2 if tune.triton.pick() == first else y), p
 
     monkeypatch.setattr(tune.triton, "BACKEND", reference.BACKEND._replace(forward=forward))

@@ -13,7 +13,15 @@ import torch
 from cuda_builds import emulation, mutated
 
 from lora_kernels.ops.lora_linear import cuda, reference, workspace
-from lora_kernels.testing import Case, bf16, check_backend, fp16, make_inputs
+from lora_kernels.testing import (
+    Case,
+    Results,
+    bf16,
+    check_backend,
+    fp16,
+    make_inputs,
+    run_backend,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")
 
@@ -54,11 +62,8 @@ def test_the_kernels_compute_what_they_should(case: Case, clusters: int, residen
     assert not words.any(), "the workspace must be zero between launches"
 
 
-def _results(case: Case, **changes: torch.Tensor) -> list[torch.Tensor]:
-    x, weight, lora_a, lora_b, bias, dy, seed = make_inputs(case)._replace(**changes)
-    call = case.scaling, case.dropout_p, seed
-    y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
-    return [y, p, *cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)]  # type: ignore[list-item]
+def _results(case: Case, **changes: torch.Tensor) -> Results:
+    return run_backend(cuda.BACKEND, case, make_inputs(case)._replace(**changes))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
@@ -89,10 +94,9 @@ def test_b_zero_is_the_frozen_layer_bit_for_bit() -> None:
 @pytest.mark.parametrize("value", [3, 3 + 2**40, 2**63 - 1])
 def test_the_whole_64_bit_seed_counts(value: int) -> None:
     case, seed = Case(64, 64, 128, 8, bf16, dropout_p=0.5), torch.tensor([value])
-    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(case)
     with emulation():
-        p = _results(case, seed=seed)[1]
-    expected = reference.forward(x, weight, lora_a, lora_b, bias, case.scaling, 0.5, seed)[1]
+        p = _results(case, seed=seed).p
+    expected = reference.forward(make_inputs(case)._replace(seed=seed).forward(case))[1]
     # Another mask would move P by about its own size, 0.75·√2.
     assert (p - expected).abs().max() < 0.05
 

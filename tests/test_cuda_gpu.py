@@ -1,13 +1,24 @@
 """The CUDA backend on a Hopper GPU: numbers, repeats, streams, graphs, launches, far offsets."""
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 import torch
 from test_cuda_emulated import CASES as SMALL
 
 from lora_kernels.ops.lora_linear import Problem, cuda, reference
-from lora_kernels.testing import Case, assert_accurate, bf16, check_backend, fp16, make_inputs
+from lora_kernels.ops.lora_linear.operands import Forward
+from lora_kernels.testing import (
+    Case,
+    Results,
+    assert_accurate,
+    bf16,
+    check_backend,
+    fp16,
+    make_inputs,
+    run_backend,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")]
 
@@ -29,15 +40,11 @@ def _needs_hopper() -> None:
         pytest.skip(reason)
 
 
-def run(case: Case, seed: int = 0) -> list[torch.Tensor]:
-    """Return y, P, dx, da and db of a case."""
-    x, weight, lora_a, lora_b, bias, dy, key = make_inputs(case, "cuda", seed)
-    call = case.scaling, case.dropout_p, key
-    y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
-    return [y, p, *cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)]  # type: ignore[list-item]
+def run(case: Case, seed: int = 0) -> Results:
+    return run_backend(cuda.BACKEND, case, make_inputs(case, "cuda", seed))
 
 
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+def same(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -47,12 +54,9 @@ def test_numbers(case: Case) -> None:
 
 
 def test_a_seed_on_the_device_gives_the_same_mask() -> None:
-    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(BUSY, "cuda")
+    call = make_inputs(BUSY, "cuda").forward(BUSY)
     seed = torch.tensor([3 + 2**40])
-    results = [
-        list(cuda.forward(x, weight, lora_a, lora_b, bias, 0.5, 0.2, s))
-        for s in (seed, seed.cuda())
-    ]
+    results = [cuda.forward(call._replace(seed=s)) for s in (seed, seed.cuda())]
     assert same(*results)
 
 
@@ -65,7 +69,7 @@ def test_streams_side_by_side_agree_with_one_alone() -> None:
     alone = [run(BUSY, seed) for seed in range(4)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in alone]
-    results: list[list[torch.Tensor]] = [[] for _ in alone]
+    results = list(alone)
     for _, (i, stream) in itertools.product(range(10), enumerate(streams)):
         with torch.cuda.stream(stream):
             results[i] = run(BUSY, i)
@@ -78,14 +82,10 @@ def test_two_graphs_replay_at_once() -> None:
     alone = [run(case) for case in cases]
     graphs, results = [], []
     for case in cases:
-        x, weight, lora_a, lora_b, bias, dy, key = make_inputs(case, "cuda")
-        call = case.scaling, case.dropout_p, key
-        graph = torch.cuda.CUDAGraph()
+        inputs, graph = make_inputs(case, "cuda"), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y, p = cuda.forward(x, weight, lora_a, lora_b, bias, *call)
-            gradients = cuda.backward(dy, x, weight, lora_a, lora_b, p, *call, True)
-        graphs.append((graph, x, weight, lora_a, lora_b, bias, dy))  # what it reads must live
-        results.append([y, p, *gradients])
+            results.append(run_backend(cuda.BACKEND, case, inputs))
+        graphs.append((graph, inputs))  # what it reads must live
     streams = [torch.cuda.Stream() for _ in graphs]
     for _, (graph, stream) in itertools.product(range(10), zip(graphs, streams, strict=True)):
         with torch.cuda.stream(stream):
@@ -96,11 +96,10 @@ def test_two_graphs_replay_at_once() -> None:
 
 def test_one_kernel_per_direction() -> None:
     run(BUSY)
-    x, weight, lora_a, lora_b, bias, dy, _ = make_inputs(BUSY, "cuda")
+    inputs = make_inputs(BUSY, "cuda")
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        _, p = cuda.forward(x, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
-        cuda.backward(dy, x, weight, lora_a, lora_b, p, 1.0, 0.0, None, True)
+        run_backend(cuda.BACKEND, BUSY, inputs)
         torch.cuda.synchronize()
     on_device = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
     assert len(on_device) == 2, on_device
@@ -110,11 +109,11 @@ def test_one_kernel_per_direction() -> None:
 
 def test_offsets_beyond_two_to_the_31() -> None:
     case = Case(2**17 + 8, 2**14 + 8, 64, 8, bf16)
-    x, weight, lora_a, lora_b, bias, _, _ = make_inputs(case, "cuda")
-    y, _ = cuda.forward(x, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
+    call = make_inputs(case, "cuda").forward(case)
+    y, _ = cuda.forward(call)
     assert y.numel() > 2**31
-    last = x[-300:]
-    eager, _ = reference.forward(last, weight, lora_a, lora_b, bias, 1.0, 0.0, None)
-    wide = [t.cpu().double() for t in (last, weight, lora_a, lora_b)]
-    exact, _ = reference.forward(*wide, None, 1.0, 0.0, None)
+    last = call._replace(x=call.x[-300:])
+    eager, _ = reference.forward(last)
+    wide = (t.cpu().double() for t in last[:4])
+    exact, _ = reference.forward(Forward(*wide, *last[4:]))
     assert_accurate("the last rows of y", y[-300:], exact, eager)

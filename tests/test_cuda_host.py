@@ -95,8 +95,9 @@ def test_a_seed_becomes_two_words_or_an_address() -> None:
 
 def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "load", lambda: pytest.fail("launched"))
-    _, weight, lora_a, lora_b, _, dy, _ = make_inputs(Case(8, 8, 8, 8, bf16))
+    case = Case(8, 8, 8, 8, bf16, needs=(False, False, False))
+    inputs = make_inputs(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        none = cuda.backward(dy, None, weight, lora_a, lora_b, None, 1.0, 0.0, None, False)
+        none = cuda.backward(inputs.backward(case, inputs.x))
     assert none == (None, None, None)

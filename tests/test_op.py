@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_kernels import lora_linear
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import op, reference
+from lora_kernels.ops.lora_linear.operands import Backward
 from lora_kernels.testing import (
     Case,
     Inputs,
@@ -23,6 +24,7 @@ from lora_kernels.testing import (
     fp32,
     fp64,
     make_inputs,
+    run_backend,
 )
 
 LAYOUTS = ("contiguous", "transposed", "every second", "offset", "expanded", "overlapping")
@@ -155,15 +157,15 @@ def _call(inputs: Inputs, **options: Any) -> Tensor:
 
 
 class Spy:
-    """The reference backend, remembering the arguments of each backward call."""
+    """The reference backend, remembering each backward call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[Backward] = []
         monkeypatch.setattr(op, "BACKENDS", (reference.BACKEND._replace(backward=self._backward),))
 
-    def _backward(self, *arguments: Any) -> Any:
-        self.calls.append(arguments)
-        return reference.backward(*arguments)
+    def _backward(self, call: Backward) -> Any:
+        self.calls.append(call)
+        return reference.backward(call)
 
 
 @pytest.mark.parametrize("need_dx", [False, True])
@@ -174,7 +176,9 @@ def test_only_needed_gradients_are_computed(
     need_dx: bool, need_da: bool, need_db: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
-    inputs = make_inputs(Case(20, 30, 40, 4))
+    case = Case(20, 30, 40, 4, dropout_p=dropout_p)
+    inputs = make_inputs(case)._replace(seed=torch.tensor([1]) if dropout_p else None)
+    detached = Inputs(*(None if t is None else t.detach() for t in inputs))
     needs = (need_dx, need_da, need_db)
     leaves = [
         t.requires_grad_(need)
@@ -186,25 +190,57 @@ def test_only_needed_gradients_are_computed(
         return
     y.backward(inputs.dy)
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
-    ((_, x, _, _, _, p, _, _, _, passed_need_dx),) = spy.calls
-    assert (passed_need_dx, x is not None, p is not None) == needs
+    (call,) = spy.calls
+    assert call.needs == needs
+    # Nothing is handed on, or kept until then, that no needed gradient reads.
+    assert [t is not None for t in (call.lora_a, call.lora_b, call.seed)] == [
+        need_dx, need_dx or need_da, (need_dx or need_da) and dropout_p > 0
+    ]  # fmt: skip
 
-    computed = reference.backward(*spy.calls[0])
-    assert [g is not None for g in computed] == list(needs)
-    everything = reference.backward(
-        inputs.dy, inputs.x.detach(), inputs.weight, inputs.lora_a.detach(),
-        inputs.lora_b.detach(), _project(inputs, dropout_p), 0.75, dropout_p,
-        torch.tensor([1]) if dropout_p else None, True,
-    )  # fmt: skip
-    for leaf, full in zip(leaves, everything, strict=True):
+    everything = run_backend(reference.BACKEND, case, detached)
+    for leaf, full in zip(leaves, everything[2:], strict=True):
         if leaf.grad is not None:
             assert torch.equal(leaf.grad, full)
 
 
-def _project(inputs: Inputs, dropout_p: float) -> Tensor:
-    x, weight, lora_a, lora_b, bias, *_ = (None if t is None else t.detach() for t in inputs)
-    seed = torch.tensor([1]) if dropout_p else None
-    return reference.forward(x, weight, lora_a, lora_b, bias, 0.75, dropout_p, seed)[1]
+@pytest.mark.parametrize("needs", [(0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_what_no_needed_gradient_reads_may_be_frozen_in_inference_mode(
+    needs: tuple[int, int, int],
+) -> None:
+    case = Case(20, 30, 40, 4, bias=True)
+    with torch.inference_mode():
+        frozen = make_inputs(case)  # a base model loaded under inference mode
+    inputs = make_inputs(case)._replace(weight=frozen.weight, bias=frozen.bias)
+    leaves = inputs.x, inputs.lora_a, inputs.lora_b
+    wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
+    gradients = torch.autograd.grad(_call(inputs), wanted, inputs.dy)
+    plain = expected(case, make_inputs(case), fp32)
+    names = [name for name, need in zip(("dx", "da", "db"), needs, strict=True) if need]
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(gradient, plain[name])
+
+
+@pytest.mark.parametrize(
+    ("needs", "written"),
+    [
+        ((0, 1, 1), ("weight", "lora_a")),
+        ((0, 0, 1), ("weight", "lora_a", "lora_b", "x")),
+        ((1, 0, 0), ("x",)),
+    ],
+)
+def test_what_no_needed_gradient_reads_may_be_written_to(
+    needs: tuple[int, int, int], written: tuple[str, ...]
+) -> None:
+    inputs = make_inputs(Case(20, 30, 40, 4))
+    leaves = inputs.x, inputs.lora_a, inputs.lora_b
+    wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
+    kept = torch.autograd.grad(_call(inputs), wanted, inputs.dy)
+    y = _call(inputs)
+    with torch.no_grad():
+        for name in written:
+            getattr(inputs, name).zero_()
+    for gradient, right in zip(torch.autograd.grad(y, wanted, inputs.dy), kept, strict=True):
+        assert torch.equal(gradient, right)
 
 
 def _saved(inputs: Inputs, **options: Any) -> list[Tensor]:
@@ -375,13 +411,13 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
     ran: list[str] = []
 
     def backend(name: str) -> Backend:
-        def forward(*arguments: Any) -> Any:
+        def forward(call: Any) -> Any:
             ran.append(f"{name} forward")
-            return reference.forward(*arguments)
+            return reference.forward(call)
 
-        def backward(*arguments: Any) -> Any:
+        def backward(call: Any) -> Any:
             ran.append(f"{name} backward")
-            return reference.backward(*arguments)
+            return reference.backward(call)
 
         return Backend(name, lambda problem: None, forward, backward)
 

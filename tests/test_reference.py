@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.ops.lora_linear import reference
-from lora_kernels.testing import Case, bf16, check_backend, fp16, fp32, fp64, make_inputs
+from lora_kernels.testing import (
+    Case,
+    bf16,
+    check_backend,
+    fp16,
+    fp32,
+    fp64,
+    make_inputs,
+    run_backend,
+)
 
 CASES = [
     Case(201, 67, 211, 5, fp32, dropout_p=0.3),
@@ -36,16 +45,10 @@ def test_blocks_are_right(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.adapter_dtype is None], ids=str)
 def test_the_blocking_does_not_change_the_mask(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, lora_a, lora_b, bias, dy, seed = make_inputs(case)
-    options = case.scaling, case.dropout_p, seed
-
-    def run() -> tuple[Tensor, ...]:
-        y, p = reference.forward(x, weight, lora_a, lora_b, bias, *options)
-        return y, p, *reference.backward(dy, x, weight, lora_a, lora_b, p, *options, True)
-
-    whole = run()
+    whole = run_backend(reference.BACKEND, case, make_inputs(case))
     monkeypatch.setitem(reference._BLOCK_ELEMENTS, "cpu", 1)
-    for at_once, by_block in zip(whole, run(), strict=True):
+    blocked = run_backend(reference.BACKEND, case, make_inputs(case))
+    for at_once, by_block in zip(whole, blocked, strict=True):
         torch.testing.assert_close(by_block, at_once)
 
 
@@ -63,13 +66,8 @@ def test_blocks_cover_a_range_once(length: int, width: int) -> None:
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_what_is_not_needed_is_none(needs: tuple[bool, bool, bool]) -> None:
-    x, weight, lora_a, lora_b, bias, dy, seed = make_inputs(Case(5, 6, 7, 2, dropout_p=0.5))
-    need_dx, need_da, need_db = needs
-    _, p = reference.forward(x, weight, lora_a, lora_b, bias, 0.75, 0.5, seed)
-    gradients = reference.backward(
-        dy, x if need_da else None, weight, lora_a, lora_b, p if need_db else None,
-        0.75, 0.5, seed, need_dx,
-    )  # fmt: skip
+    case = Case(5, 6, 7, 2, dropout_p=0.5, needs=needs)
+    _, _, *gradients = run_backend(reference.BACKEND, case, make_inputs(case))
     assert tuple(g is not None for g in gradients) == needs
 
 
@@ -112,11 +110,11 @@ def test_no_temporary_of_the_size_of_x_or_y(
     dropout_p: float, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     case = Case(4096, 512, 640, 8, *dtypes, dropout_p=dropout_p)
-    x, weight, lora_a, lora_b, bias, dy, seed = make_inputs(case)
-    small = min(x.nbytes, dy.nbytes) // 2
-    with Allocations(x, weight, lora_a, lora_b) as forward:
-        y, p = reference.forward(x, weight, lora_a, lora_b, bias, 0.75, dropout_p, seed)
+    inputs = make_inputs(case)
+    small = min(inputs.x.nbytes, inputs.dy.nbytes) // 2
+    with Allocations(*inputs) as forward:
+        y, p = reference.forward(inputs.forward(case))
     assert [size for size in forward.sizes if size > small] == [y.nbytes]
-    with Allocations(x, weight, lora_a, lora_b, dy, p) as backward:
-        dx, *_ = reference.backward(dy, x, weight, lora_a, lora_b, p, 0.75, dropout_p, seed, True)
+    with Allocations(*inputs, p) as backward:
+        dx, *_ = reference.backward(inputs.backward(case, p))
     assert [size for size in backward.sizes if size > small] == [dx.nbytes]

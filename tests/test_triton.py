@@ -17,7 +17,7 @@ from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.config import SHARED_KIB, TileConfig, candidates, fits, pick
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.testing import CASES, Case, check_backend, make_inputs
+from lora_kernels.testing import CASES, Case, check_backend, make_inputs, run_backend
 
 HERE = Path(__file__).parent
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -348,7 +348,5 @@ class Run:
         self.case, self.inputs = case, make_inputs(case, "cuda", seed)
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
-        x, weight, a, b, bias, dy, seed = self.inputs
-        rest = self.case.scaling, self.case.dropout_p, seed
-        y, p = backend.forward(x, weight, a, b, bias, *rest)
-        return (y, *backend.backward(dy, x, weight, a, b, p, *rest, True))  # type: ignore[arg-type]
+        y, _, *gradients = run_backend(backend.BACKEND, self.case, self.inputs)
+        return (y, *gradients)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from lora_kernels.ops.lora_linear.triton import (
     forward_kernel,
     primitives,
 )
-from lora_kernels.testing import CASES, Case, check_backend, make_inputs
+from lora_kernels.testing import CASES, Case, Inputs, check_backend, make_inputs, run_backend
 
 # Small enough that every case has several blocks of everything.
 SMALL = TileConfig(32, 32, 32, warps=4, stages=2, br=16, group=2)
@@ -82,11 +82,9 @@ def test_the_workspace_is_left_zeroed(small: None) -> None:
 def test_fp32_adapters_get_fp32_gradients_beside_bf16() -> None:
     case = Case(65, 70, 127, 20, torch.bfloat16, torch.float32)
     inputs = make_inputs(case)
-    x, weight, a, b, _, dy, _ = inputs
-    _, p = backend.forward(x, weight, a, b, None, 0.5, 0.0, None)
-    _, da, db = backend.backward(dy, x, weight, a, b, p, 0.5, 0.0, None, True)
-    x64, a64, b64, dy64 = (t.double() for t in (x, a, b, dy))
-    p64, q64 = 0.5 * x64 @ a64.T, 0.5 * dy64 @ b64
+    _, p, _, da, db = run_backend(backend.BACKEND, case, inputs)
+    x64, a64, b64, dy64 = (t.double() for t in (inputs.x, inputs.lora_a, inputs.lora_b, inputs.dy))
+    p64, q64 = case.scaling * x64 @ a64.T, case.scaling * dy64 @ b64
     for got, right in ((p, p64), (da, q64.T @ x64), (db, dy64.T @ p64)):
         assert got is not None
         assert (got - right).abs().max() <= 2e-5 * right.abs().max()  # bf16 alone: 4e-3
@@ -100,8 +98,9 @@ def test_the_mask_is_the_references_bit_for_bit(p: float, seed: int) -> None:
     keep = keep_mask(key, p, range(m), range(k))
     # W = 0 and A = B = identity: P is s·drop(x), dx is undrop(s·dy), and da[r,k] sums Q∘drop(x).
     weight, eye = torch.zeros(k, k), torch.eye(k)
-    _, dropped = backend.forward(ones, weight, eye, eye, None, 1.0, p, key)
-    dx, da, _ = backend.backward(ones, ones, weight, eye, eye, None, 1.0, p, key, True)
+    case = Case(m, k, k, k, scaling=1.0, dropout_p=p, needs=(True, True, False))
+    inputs = Inputs(ones, weight, eye, eye, None, ones, key)
+    _, dropped, dx, da, _ = run_backend(backend.BACKEND, case, inputs)
     assert torch.equal(dropped != 0, keep)
     assert dx is not None
     assert torch.equal(dx != 0, keep)
@@ -124,17 +123,20 @@ def test_a_seed_in_device_memory_gives_the_same_key() -> None:
 
 
 def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(small: None) -> None:
-    x, weight, a, b, bias, _, _ = make_inputs(Case(40, 50, 60, 20, bias=True))
-    y, _ = backend.forward(x, weight, a, torch.zeros_like(b), bias, 3.0, 0.0, None)
-    frozen, _ = backend.forward(x, weight, 0 * a[:1], b[:, :1], bias, 1.0, 0.0, None)
+    case = Case(40, 50, 60, 20, bias=True)
+    call = make_inputs(case).forward(case)
+    y, _ = backend.forward(call._replace(lora_b=torch.zeros_like(call.lora_b), scaling=3.0))
+    a, b = 0 * call.lora_a[:1], call.lora_b[:, :1]
+    frozen, _ = backend.forward(call._replace(lora_a=a, lora_b=b, scaling=1.0))
     assert torch.equal(y, frozen)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_row(value: float, described: None) -> None:
-    x, weight, a, b, _, _, _ = make_inputs(Case(40, 50, 60, 20))
-    x[17, 33] = value
-    y, p = backend.forward(x, weight, a, b, None, 1.0, 0.0, None)
+    case = Case(40, 50, 60, 20)
+    call = make_inputs(case).forward(case)
+    call.x[17, 33] = value
+    y, p = backend.forward(call)
     bad = torch.arange(40) == 17
     assert not y[bad].isfinite().any()
     assert y[~bad].isfinite().all()
@@ -192,16 +194,15 @@ class Operators(TorchDispatchMode):
 def test_one_launch_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, p: float, needs: tuple[int, int, int]
 ) -> None:
-    case = Case(40, 50, 60, 20, bias=True, dropout_p=p, strided=True)
-    x, weight, a, b, bias, dy, seed = make_inputs(case)
+    wanted = tuple(map(bool, needs))
+    case = Case(40, 50, 60, 20, bias=True, dropout_p=p, strided=True, needs=wanted)  # type: ignore[arg-type]
+    inputs = make_inputs(case)
     forward, backward = Recorder(), Recorder()
     monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
     monkeypatch.setattr(backward_kernel, "lora_linear_backward", backward)
-    workspace.reserve(64, x.device)  # made once per stream
+    workspace.reserve(64, inputs.x.device)  # made once per stream
     with Operators() as operators:
-        _, saved = backend.forward(x, weight, a, b, bias, 1.0, p, seed)
-        x_, saved_ = x if needs[1] else None, saved if needs[2] else None
-        backend.backward(dy, x_, weight, a, b, saved_, 1.0, p, seed, bool(needs[0]))
+        run_backend(backend.BACKEND, case, inputs)
     assert (len(forward.launches), len(backward.launches)) == (1, 1)
     # Allocations, and the seed read off the CPU; no copy, no fill, no arithmetic.
     assert operators.names <= {"new_empty", "_local_scalar_dense", "item"}
@@ -210,25 +211,21 @@ def test_one_launch_and_nothing_else(
 def test_nothing_to_do_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Recorder()
     monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
-    x, weight, a, b, bias, dy, _ = make_inputs(Case(0, 5, 7, 3))
-    backend.forward(x, weight, a, b, bias, 1.0, 0.0, None)
-    assert backend.backward(dy, None, weight, a, b, None, 1.0, 0.0, None, False) == (
-        None,
-        None,
-        None,
-    )
+    case = Case(0, 5, 7, 3, needs=(False, False, False))
+    _, _, *gradients = run_backend(backend.BACKEND, case, make_inputs(case))
+    assert gradients == [None, None, None]
     assert forward.launches == []
 
 
 def test_fp32_products_honour_torchs_tf32_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Recorder()
     monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
-    x, weight, a, b, _, _, _ = make_inputs(Case(4, 5, 7, 3))
+    case = Case(4, 5, 7, 3)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for setting in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = setting
-            backend.forward(x, weight, a, b, None, 1.0, 0.0, None)
+            backend.forward(make_inputs(case).forward(case))
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert [launch["PRECISION"] for launch in forward.launches] == ["ieee", "tf32"]

@@ -22,6 +22,7 @@ from triton.runtime import driver
 
 from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.ops.lora_linear.config import TileConfig, pick
+from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.triton import backward_kernel, forward_kernel
 
@@ -79,9 +80,9 @@ def record(direction: str, problem: Problem, config: TileConfig, scaling: float 
     seed, rate = (torch.tensor([2**40 + 3]), 0.1) if problem.dropout else (None, 0.0)
     try:
         if direction == "forward":
-            backend.forward(x, w, a, b, bias, scaling, rate, seed)
+            backend.forward(Forward(x, w, a, b, bias, seed, scaling, rate))
         else:
-            backend.backward(dy, x, w, a, b, p, scaling, rate, seed, True)
+            backend.backward(Backward(dy, x, w, a, b, p, seed, scaling, rate))
     finally:
         setattr(module, name, kernel)
         backend._has_tma = saved

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels import extension
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
@@ -45,68 +46,49 @@ def why_not(problem: Problem) -> str | None:
     return extension.why_absent()
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ`; arguments as `reference.forward`.
+def forward(call: Forward) -> tuple[Tensor, Tensor]:
+    """Return y and P.
 
     An operand whose rows TMA cannot address (columns apart, or a pitch or address that is no
     multiple of 16 bytes) is copied first.
     """
     _warn_once()
+    x, weight, lora_a, lora_b = map(_addressable, call[:4])
     (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
-    x, weight, lora_a, lora_b = map(_addressable, (x, weight, lora_a, lora_b))
-    bias = None if bias is None else bias.contiguous()
+    bias = None if call.bias is None else call.bias.contiguous()
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
     flags = reserve(_words(m), x.device)
     with _device(x):
         extension.load().lora_linear_forward(
             x.dtype == torch.bfloat16, m, n, k, r,
-            _matrix(x), _matrix(weight), _matrix(lora_a), _matrix(lora_b),
-            0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p),
-            flags.data_ptr(), scaling / (1 - dropout_p), _dropout(dropout_p, seed), _stream(x),
+            *map(_matrix, (x, weight, lora_a, lora_b)),
+            0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
+            call.scale().factor, _dropout(call.dropout_p, call.seed), _stream(x),
         )  # fmt: skip
     return y, p
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the needed ones of dx, da and db; arguments as `reference.backward`."""
+def backward(call: Backward) -> Gradients:
+    """Return the needed ones of dx, da and db; copies as `forward` does."""
     _warn_once()
-    (m, n), k, r = dy.shape, weight.shape[1], lora_a.shape[0]
+    if not any(call.needs):
+        return Gradients(None, None, None)
+    (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
+    dy, x, weight, lora_a, lora_b, p = (None if t is None else _addressable(t) for t in call[:6])
+    assert dy is not None
+    dtype = call.adapter_dtype()
     dx = dy.new_empty(m, k) if need_dx else None
-    da = None if x is None else lora_a.new_empty(r, k)
-    db = None if p is None else lora_b.new_empty(n, r)
-    if dx is None and da is None and db is None:
-        return dx, da, db
-    dy, weight, lora_a, lora_b = map(_addressable, (dy, weight, lora_a, lora_b))
-    x, p = (None if t is None else _addressable(t) for t in (x, p))
-    q = dy.new_empty(m, r)
+    da = dy.new_empty(r, k, dtype=dtype) if need_da else None
+    db = dy.new_empty(n, r, dtype=dtype) if need_db else None
+    q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
     flags = reserve(_words(m), dy.device)
     with _device(dy):
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, m, n, k, r,
             *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
-            flags.data_ptr(), scaling / (1 - dropout_p), _dropout(dropout_p, seed), _stream(dy),
+            flags.data_ptr(), call.scale().factor, _dropout(call.dropout_p, call.seed), _stream(dy),
         )  # fmt: skip
-    return dx, da, db
+    return Gradients(dx, da, db)
 
 
 BACKEND = Backend(

@@ -1,15 +1,15 @@
 """The public function, its autograd.Function, the operator schemas and the choice of backend."""
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import AUTO, select
 from lora_kernels.ops.lora_linear import cuda, reference, triton
+from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
-from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.validate import validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
@@ -69,59 +69,56 @@ def lora_linear(
                 dropout_p=dropout_p, seed=seed, backend=backend,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
+    scaling, dropout_p = float(scaling), float(dropout_p)
     if backend != AUTO and not torch.compiler.is_compiling():
         # A refusal must come before a seed is drawn; "auto" always finds a backend.
-        select(BACKENDS, Problem.of(_tokens(x), weight, lora_a, bias, dropout_p), backend)
-    seed = seed_tensor(seed, x) if dropout_p > 0 else None
-    call = _Call(float(scaling), float(dropout_p), backend)
+        call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p)
+        select(BACKENDS, call.problem(), backend)
+    drawn = seed_tensor(seed, x) if dropout_p > 0 else None
+    call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
-        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, seed, call)
-    return _forward(x, weight, lora_a, lora_b, bias, seed, call)[0]
-
-
-class _Call(NamedTuple):
-    scaling: float
-    dropout_p: float
-    backend: str
+        return _LoRALinear.apply(*call, backend)
+    return _forward(call, backend)[0]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        call: _Call,
-    ) -> Tensor:
-        y, p = _forward(x, weight, lora_a, lora_b, bias, seed, call)
-        _, _, need_da, need_db, *_ = ctx.needs_input_grad
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *operands, backend = arguments
+        call = Forward(*operands)
+        y, p = _forward(call, backend)
+        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        # In the order of Backward, and no more than the needed gradients read: what is not saved
+        # may be an inference tensor, or be written to before the backward pass.
         ctx.save_for_backward(
-            x if need_da else None, weight, lora_a, lora_b, p if need_db else None, seed
+            call.x if need_da else None,
+            call.weight if need_dx else None,
+            call.lora_a if need_dx else None,
+            call.lora_b if need_dx or need_da else None,
+            p if need_db else None,
+            call.seed if need_dx or need_da else None,
         )
-        ctx.x_shape = x.shape
-        ctx.call = call
+        ctx.numbers = call.scaling, call.dropout_p
+        ctx.x_shape, ctx.backend = call.x.shape, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
-        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        call = Backward(_flatten(dy), None if x is None else _flatten(x), *saved, *ctx.numbers)
         # With create_graph=True the gradients must not pass for constants. `once_differentiable`
         # would let them: it raises for what depends on dy, and these depend on x, A and B too.
         run = _NotTwiceDifferentiable.apply if torch.is_grad_enabled() else _backward
-        dx, da, db = run(dy, x, weight, lora_a, lora_b, p, seed, need_dx, ctx.call)
+        dx, da, db = run(*call, ctx.backend)
+        need_dx, need_da, need_db = call.needs
         return (
             dx.view(ctx.x_shape) if need_dx else None,
             None,
             da if need_da else None,
             db if need_db else None,
-            *(None,) * 3,
+            *(None,) * 5,
         )
 
 
@@ -135,41 +132,21 @@ class _NotTwiceDifferentiable(torch.autograd.Function):
         raise RuntimeError("lora_linear: double backward is not supported")
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    call: _Call,
-) -> tuple[Tensor, Tensor]:
+def _forward(call: Forward, backend: str) -> tuple[Tensor, Tensor]:
+    x, weight, lora_a, lora_b, *_ = call
     run = _ops.lora_linear.default if _is_traced(x, weight, lora_a, lora_b) else _forward_impl
     flat = _flatten(x)
-    y, p = run(flat, weight, lora_a, lora_b, bias, call.scaling, call.dropout_p, seed, call.backend)
+    y, p = run(flat, *call[1:], backend)
     if flat is not x:
         # Not a view for autograd: the caller may modify what a layer returns in place.
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
     return y, p
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    seed: Tensor | None,
-    need_dx: bool,
-    call: _Call,
-) -> tuple[Tensor, Tensor, Tensor]:
-    traced = _is_traced(dy, weight, lora_a, lora_b)
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dy, *others = arguments
+    traced = _is_traced(dy, *(t for t in others if isinstance(t, Tensor)))
     run = _ops.lora_linear_backward.default if traced else _backward_impl
-    arguments = (
-        _flatten(dy), None if x is None else _flatten(x), weight, lora_a, lora_b, p,
-        call.scaling, call.dropout_p, seed, need_dx, call.backend,
-    )  # fmt: skip
     if torch._C._is_any_autocast_enabled() and _autocasts(dy):
         with torch.autocast(dy.device.type, enabled=False):
             return run(*arguments)
@@ -213,88 +190,61 @@ def _autocast(tensor: Any) -> Any:
 
 
 # --- The operator boundary: one schema per direction, the same for every backend -----------------
-# A gradient that is not needed is None in a backend and an empty tensor here: the arity is fixed.
+# The operands of a direction are its NamedTuple's fields, then comes the backend's name. A gradient
+# that is not needed is None in a backend and an empty tensor here: the arity is fixed.
 
-torch.library.define(
-    "lora_kernels::lora_linear",
-    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling,"
-    " float dropout_p, Tensor? seed, str backend) -> (Tensor y, Tensor p)",
-)
-torch.library.define(
-    "lora_kernels::lora_linear_backward",
-    "(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? p, float scaling,"
-    " float dropout_p, Tensor? seed, bool need_dx, str backend)"
-    " -> (Tensor dx, Tensor da, Tensor db)",
-)
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
 
 
-def _forward_impl(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem.of(x.shape[0], weight, lora_a, bias, dropout_p)
-    chosen = select(BACKENDS, problem, backend)
-    return chosen.forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+def _schema(operands: type[Forward] | type[Backward], returns: str) -> str:
+    fields = ", ".join(f"{_TYPES[t]} {name}" for name, t in operands.__annotations__.items())
+    return f"({fields}, str backend) -> {returns}"
 
 
-def _backward_impl(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem.of(dy.shape[0], weight, lora_a, None, dropout_p)
-    chosen = select(BACKENDS, problem, backend)
-    dx, da, db = chosen.backward(
-        dy, x, weight, lora_a, lora_b, p, scaling, dropout_p, seed, need_dx
-    )
+def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, backend = arguments
+    call = Forward(*operands)
+    return select(BACKENDS, call.problem(), backend).forward(call)
+
+
+def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, backend = arguments
+    call = Backward(*operands)
+    dx, da, db = select(BACKENDS, call.problem(), backend).backward(call)
     return (
-        dy.new_empty(0) if dx is None else dx,
-        dy.new_empty(0) if da is None else da,
-        dy.new_empty(0) if db is None else db,
+        call.dy.new_empty(0) if dx is None else dx,
+        call.dy.new_empty(0) if da is None else da,
+        call.dy.new_empty(0) if db is None else db,
     )
 
 
-torch.library.impl("lora_kernels::lora_linear", "default", _forward_impl)
-torch.library.impl("lora_kernels::lora_linear_backward", "default", _backward_impl)
-
-
-@torch.library.register_fake("lora_kernels::lora_linear")
-def _forward_fake(x: Tensor, weight: Tensor, lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, lora_a, *_ = arguments
     m = x.shape[0]
     return x.new_empty(m, weight.shape[0]), lora_a.new_empty(m, lora_a.shape[0])
 
 
-@torch.library.register_fake("lora_kernels::lora_linear_backward")
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Backward(*arguments[:-1])
+    (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
+    dtype = call.adapter_dtype()
     return (
-        dy.new_empty(dy.shape[0], weight.shape[1]) if need_dx else dy.new_empty(0),
-        dy.new_empty(0) if x is None else lora_a.new_empty(lora_a.shape),
-        dy.new_empty(0) if p is None else lora_b.new_empty(lora_b.shape),
+        call.dy.new_empty((m, k) if need_dx else 0),
+        call.dy.new_empty((r, k), dtype=dtype) if need_da else call.dy.new_empty(0),
+        call.dy.new_empty((n, r), dtype=dtype) if need_db else call.dy.new_empty(0),
     )
+
+
+for _name, _fields, _returns, _impl, _fake in (
+    ("lora_linear", Forward, "(Tensor y, Tensor p)", _forward_impl, _forward_fake),
+    (
+        "lora_linear_backward",
+        Backward,
+        "(Tensor dx, Tensor da, Tensor db)",
+        _backward_impl,
+        _backward_fake,
+    ),
+):
+    torch.library.define(f"lora_kernels::{_name}", _schema(_fields, _returns))
+    torch.library.impl(f"lora_kernels::{_name}", "default", _impl)
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import GROUP, keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
 
@@ -26,86 +27,62 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ`.
-
-    x[M,K], weight[N,K], bias[N] and y[M,N] share one dtype; lora_a[R,K], lora_b[N,R] and P[M,R]
-    share the adapters' dtype. `seed` is int64[1], or None for no dropout.
-    """
+def forward(call: Forward) -> tuple[Tensor, Tensor]:
+    """Return y and P."""
+    x, weight, lora_a, lora_b, bias, seed, _, dropout_p = call
+    factor, power = call.scale()
     y = F.linear(x, weight, bias)
     if seed is None:
-        p = _project(x, lora_a.t(), scaling)
+        p = _project(x, lora_a.t(), factor)
     else:
         m, k = x.shape
         p = lora_a.new_empty(m, lora_a.shape[0])
         for rows in _blocks(m, k, x.device):
+            block = slice(rows.start, rows.stop)
             keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
-            dropped = x[rows.start : rows.stop] * keep
-            p[rows.start : rows.stop] = _project(dropped, lora_a.t(), scaling / (1 - dropout_p))
+            p[block] = _project(x[block] * keep, lora_a.t(), factor)
     if p.dtype == y.dtype:
-        y.addmm_(p, lora_b.t())
+        y.addmm_(p, lora_b.t(), alpha=power)
     else:
-        _add_wider_product(y, p, lora_b.t())
+        _add_wider_product(y, p, lora_b.t(), power)
     return y, p
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return `dx = dy·W + undrop(Q·A)`, `da = Qᵀ·drop(x)` and `db = dyᵀ·P`, where `Q = s·dy·B`.
-
-    dy[M,N] and dx[M,K] have x's dtype, da[R,K] and db[N,R] the adapters'. What is not needed is
-    None: dx unless `need_dx`, da where x is None, db where P is None.
-    """
+def backward(call: Backward) -> Gradients:
+    """Return the needed ones of dx, da and db."""
+    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p = call
+    factor, power = call.scale()
     dx = da = None
-    db = None if p is None else _correlate(dy, p)
-    if not need_dx and x is None:
-        return dx, da, db
+    db = None if p is None else _correlate(dy, p, power)
+    if lora_b is None:
+        return Gradients(dx, da, db)
 
-    m, k = dy.shape[0], weight.shape[1]
-    q = _project(dy, lora_b, scaling / (1 - dropout_p))  # undrop's 1/(1-p) rides along
-    if need_dx:
+    m, _, k, r = call.sizes()
+    q = _project(dy, lora_b, factor)
+    if weight is not None:
         dx = torch.mm(dy, weight)
     if seed is None:
-        if dx is not None:
+        if dx is not None and lora_a is not None:
             if q.dtype != dx.dtype:
-                _add_wider_product(dx, q, lora_a)
+                _add_wider_product(dx, q, lora_a, power)
             elif m < 8:  # for a few rows BLAS adds the R terms to dx one by one, each rounded
-                dx.add_(torch.mm(q, lora_a))
+                dx.add_(_product(q, lora_a, power))
             else:
-                dx.addmm_(q, lora_a)
+                dx.addmm_(q, lora_a, alpha=power)
         if x is not None:
-            da = _correlate(q, x)
-        return dx, da, db
+            da = _correlate(q, x, power)
+        return Gradients(dx, da, db)
 
     if x is not None:
-        da = lora_a.new_empty(lora_a.shape)
-    for columns in _blocks(k, m, dy.device):  # one mask serves undrop(Q·A) and drop(x)
+        da = q.new_empty(r, k)
+    for columns in _blocks(k, m, dy.device):  # one mask serves keep(Q·A) and keep(x)
         keep = keep_mask(seed, dropout_p, range(m), columns, dy.device)
         block = slice(columns.start, columns.stop)
-        if dx is not None:
-            dx[:, block] += (q @ lora_a[:, block]).mul_(keep)
-        if x is not None:
-            da[:, block] = _correlate(q, x[:, block] * keep)  # type: ignore[index]
-    return dx, da, db
+        if dx is not None and lora_a is not None:
+            dx[:, block] += _product(q, lora_a[:, block], power).mul_(keep)
+        if x is not None and da is not None:
+            da[:, block] = _correlate(q, x[:, block] * keep, power)
+    return Gradients(dx, da, db)
 
 
 BACKEND = Backend("reference", why_not, forward, backward)
@@ -135,35 +112,41 @@ def oracle(
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
 
 
+def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Return `alpha·left·right`, scaled before it is rounded: [M,C]·[C,R] -> [M,R]."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0, alpha=alpha)
+
+
 def _project(wide: Tensor, skinny: Tensor, alpha: float) -> Tensor:
     """Return `alpha·wide·skinny` in skinny's dtype: [M,C]·[C,R] -> [M,R]."""
-    out = skinny.new_empty(wide.shape[0], skinny.shape[1])
     if wide.dtype == skinny.dtype:
-        return out.addmm_(wide, skinny, beta=0, alpha=alpha)
+        return _product(wide, skinny, alpha)
+    out = skinny.new_empty(wide.shape[0], skinny.shape[1])
     for rows in _blocks(wide.shape[0], wide.shape[1], wide.device):
-        block = wide[rows.start : rows.stop].to(skinny.dtype)
-        out[rows.start : rows.stop].addmm_(block, skinny, beta=0, alpha=alpha)
+        block = slice(rows.start, rows.stop)
+        out[block].addmm_(wide[block].to(skinny.dtype), skinny, beta=0, alpha=alpha)
     return out
 
 
-def _add_wider_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left·right`, computed in their own wider dtype, to `out`: [M,R]·[R,C] -> [M,C]."""
+def _add_wider_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add `alpha·left·right`, computed in their own wider dtype, to `out`: [M,R]·[R,C] -> [M,C]."""
     for rows in _blocks(out.shape[0], out.shape[1], out.device):
         block = slice(rows.start, rows.stop)
         wide = out[block].to(left.dtype)
-        out[block].copy_(wide.addmm_(left[block], right))
+        out[block].copy_(wide.addmm_(left[block], right, alpha=alpha))
 
 
-def _correlate(left: Tensor, right: Tensor) -> Tensor:
-    """Return `leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C]."""
+def _correlate(left: Tensor, right: Tensor, alpha: float) -> Tensor:
+    """Return `alpha·leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C]."""
     if left.dtype == right.dtype:
-        return torch.mm(left.t(), right)
+        return _product(left.t(), right, alpha)
     (m, rows_out), columns_out = left.shape, right.shape[1]
     dtype = torch.promote_types(left.dtype, right.dtype)
     out = left.new_zeros(rows_out, columns_out, dtype=dtype)
     for rows in _blocks(m, max(rows_out, columns_out), left.device):
         block = slice(rows.start, rows.stop)
-        out.addmm_(left[block].to(dtype).t(), right[block].to(dtype))
+        out.addmm_(left[block].to(dtype).t(), right[block].to(dtype), alpha=alpha)
     return out
 
 

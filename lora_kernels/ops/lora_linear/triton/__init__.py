@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import schedule
 from lora_kernels.ops.lora_linear.config import TileConfig, pick
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
@@ -47,22 +48,14 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ`; see `reference.forward`."""
+def forward(call: Forward) -> tuple[Tensor, Tensor]:
+    """Return y and P."""
     from lora_kernels.ops.lora_linear.triton.forward_kernel import lora_linear_forward
 
+    x, weight, lora_a, lora_b, bias, *_ = call
     (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
-    problem = Problem.of(m, weight, lora_a, bias, dropout_p)
+    problem = call.problem()
     c = pick(problem)
     p_end, end = schedule.forward_ends(m, n, r, c.bm, c.bn, c.br)
     _launch(
@@ -72,54 +65,43 @@ def forward(
         (p_end, end, m, n, k, r),
         (*x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(),
          0 if bias is None else bias.stride(0)),
-        scaling, dropout_p, seed,
+        call,
     )  # fmt: skip
     return y, p
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    p: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return those of dx, da and db that are needed; see `reference.backward`."""
+def backward(call: Backward) -> Gradients:
+    """Return those of dx, da and db that are needed."""
     from lora_kernels.ops.lora_linear.triton.backward_kernel import lora_linear_backward
 
-    (m, n), k, r = dy.shape, weight.shape[1], lora_a.shape[0]
+    if not any(call.needs):
+        return Gradients(None, None, None)
+    dy, (m, n, k, r), dtype = call.dy, call.sizes(), call.adapter_dtype()
+    need_dx, need_da, need_db = call.needs
     dx = dy.new_empty(m, k) if need_dx else None
-    da = None if x is None else lora_a.new_empty(r, k)
-    db = None if p is None else lora_a.new_empty(n, r)
-    if dx is None and da is None and db is None:
-        return None, None, None
-    q = None if dx is None and da is None else lora_a.new_empty(m, r)
-    problem = Problem.of(m, weight, lora_a, None, dropout_p)
+    da = dy.new_empty(r, k, dtype=dtype) if need_da else None
+    db = dy.new_empty(n, r, dtype=dtype) if need_db else None
+    q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
+    problem = call.problem()
     c = pick(problem, backward=True)
-    ends = schedule.backward_ends(
-        *(m, n, k, r, c.bm, c.bn, c.bk, c.br), need_dx, x is not None, p is not None
+    ends = schedule.backward_ends(m, n, k, r, c.bm, c.bn, c.bk, c.br, *call.needs)
+    # One kernel is compiled for every subset of gradients: what an absent operand points to, nobody
+    # reads.
+    narrow = call.p if q is None else q
+    assert narrow is not None
+    x, weight = (dy if t is None else t for t in (call.x, call.weight))
+    lora_a, lora_b, p, da_, db_, q = (
+        narrow if t is None else t for t in (call.lora_a, call.lora_b, call.p, da, db, q)
     )
-
-    def or_like(tensor: Tensor | None, like: Tensor) -> Tensor:
-        """Keep one compiled kernel for every subset of gradients: nobody follows this pointer."""
-        return like if tensor is None else tensor
-
-    x_ = or_like(x, dy)
     _launch(
         lora_linear_backward, ends[-1], schedule.blocks(m, c.bm), c, dy.device,
-        (dy, x_, weight, lora_a, lora_b, or_like(p, lora_b),
-         or_like(dx, dy), or_like(da, lora_a), or_like(db, lora_b), or_like(q, lora_b),
-         *_descriptors((dy, c.bm, c.bk), (x_, c.bm, c.bk), (weight, c.bk, c.bn), problem=problem)),
+        (dy, x, weight, lora_a, lora_b, p, dy if dx is None else dx, da_, db_, q,
+         *_descriptors((dy, c.bm, c.bk), (x, c.bm, c.bk), (weight, c.bk, c.bn), problem=problem)),
         (*ends, m, n, k, r),
-        (*dy.stride(), *x_.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride()),
-        scaling, dropout_p, seed,
+        (*dy.stride(), *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride()),
+        call,
     )  # fmt: skip
-    return dx, da, db
+    return Gradients(dx, da, db)
 
 
 BACKEND = Backend(
@@ -140,13 +122,12 @@ def _launch(
     tensors: tuple[Tensor | None, ...],
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    call: Forward | Backward,
 ) -> None:
     """Launch `kernel` once, unless there is nothing to do."""
     if items == 0:
         return
+    seed, dropout_p = call.seed, call.dropout_p
     # A seed on the CPU becomes two numbers, one on the device is read by the kernel: no waiting.
     seed_ptr = seed if seed is not None and seed.is_cuda else None
     key = 0 if seed is None or seed_ptr is not None else int(seed)
@@ -155,7 +136,7 @@ def _launch(
         kernel[(_ctas(items, config, device),)](
             *tensors, seed_ptr, reserve(schedule.workspace_length(row_blocks), device),
             *sizes, *strides,
-            scaling / (1 - dropout_p), threshold(dropout_p), _int32(key & LOW), _int32(key >> 32),
+            call.scale().factor, threshold(dropout_p), _int32(key & LOW), _int32(key >> 32),
             DROPOUT=dropout_p > 0, PRECISION=_precision(), DEBUG=debug,
             BM=config.bm, BN=config.bn, BK=config.bk, BR=config.br, BS=config.bs,
             GROUP=config.group, num_warps=config.warps, num_stages=config.stages,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear.operands import Backward, Forward
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
 
@@ -24,6 +24,7 @@ class Case(NamedTuple):
     """One call to check: sizes as in `Problem`, s = `scaling`, and which gradients are needed.
 
     `strided` makes every operand a non-contiguous view: transposed, or a slice of something larger.
+    `magnitudes` multiply x, W, A, B and dy.
     """
 
     m: int
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     scaling: float = 0.75
     needs: tuple[bool, bool, bool] = (True, True, True)
     strided: bool = False
+    magnitudes: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
     def problem(self, device: str = "cpu", arch: int | None = None) -> Problem:
         """Return the case as dispatch sees it."""
@@ -45,6 +47,8 @@ class Case(NamedTuple):
         dropout = self.dropout_p > 0
         return Problem(*sizes, self.dtype, adapter_dtype, device, arch, self.bias, dropout)
 
+
+EXTREME = 65, 72, 136, 24
 
 # Ranks straddle the 16-wide tensor-core step, sizes are prime or one off a tile, and each feature
 # meets a ragged shape. fp32 sees a single missing rank column, bf16 and fp16 the operand dtypes.
@@ -70,6 +74,13 @@ CASES = (
     Case(0, 5, 7, 3, bias=True),
     Case(5, 0, 7, 3),
     Case(5, 7, 0, 3, bias=True),
+    # s·x·Aᵀ alone leaves fp16 above or below, and bf16 above, though every result is in range.
+    Case(*EXTREME, fp16, scaling=16.0, magnitudes=(2**12, 1, 1, 2**-4, 2**-10)),
+    Case(*EXTREME, fp16, scaling=2**-24, magnitudes=(1, 2**-12, 1, 2**12, 1)),
+    Case(*EXTREME, fp16, dropout_p=0.5, scaling=-11.0, magnitudes=(2**12, 1, 1, 2**-4, 2**-10)),
+    Case(*EXTREME, fp16, fp32, scaling=16.0, magnitudes=(2**12, 1, 1, 2**-4, 2**-10)),
+    Case(*EXTREME, bf16, scaling=2**12, magnitudes=(2.0**116, 2**-80, 1, 2**-92, 2**-24)),
+    Case(*EXTREME, bf16, scaling=1e-6, magnitudes=(1, 1e-3, 1, 1e3, 1)),
 )
 
 
@@ -139,13 +150,14 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         return values.to(device, dtype)[1:-2].t()
 
     wide, tall = max(k, 1) ** -0.5, max(r, 1) ** -0.5
+    loud_x, loud_w, loud_a, loud_b, loud_dy = case.magnitudes
     return Inputs(
-        x=draw(m, k, case.dtype, 1.0),
-        weight=draw(n, k, case.dtype, wide),
-        lora_a=draw(r, k, adapter_dtype, wide),
-        lora_b=draw(n, r, adapter_dtype, tall),
+        x=draw(m, k, case.dtype, loud_x),
+        weight=draw(n, k, case.dtype, wide * loud_w),
+        lora_a=draw(r, k, adapter_dtype, wide * loud_a),
+        lora_b=draw(n, r, adapter_dtype, tall * loud_b),
         bias=draw(2 if case.strided else 1, n, case.dtype, 1.0)[0] if case.bias else None,
-        dy=draw(m, n, case.dtype, 1.0),
+        dy=draw(m, n, case.dtype, loud_dy),
         # Both halves of the key differ from zero.
         seed=torch.tensor([(7 << 33) + seed + 20]) if case.dropout_p > 0 else None,
     )
@@ -198,9 +210,10 @@ def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor
     p, seed = case.dropout_p, inputs.seed
     y = oracle(x, weight, lora_a, lora_b, case.scaling, bias, dropout_p=p, seed=seed)
     dx, da, db = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
-    # P is what the layer gives for a zero weight and the identity as B.
+    # P is what the layer gives for a zero weight and the identity as B, but for the power of two.
     zero, identity = torch.zeros_like(lora_a), torch.eye(case.r, dtype=dtype, device=x.device)
-    low_rank = oracle(x, zero, lora_a, identity, case.scaling, dropout_p=p, seed=seed)
+    scaling = split_scaling(case.scaling, p, case.dtype).factor * (1 - p)
+    low_rank = oracle(x, zero, lora_a, identity, scaling, dropout_p=p, seed=seed)
     return {"y": y, "p": low_rank, "dx": dx, "da": da, "db": db}
 
 
@@ -227,6 +240,37 @@ def check_backend(backend: Backend, case: Case, device: torch.device | str = "cp
         assert got is not None, f"{name} is missing in {case}"
         assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
         assert_accurate(f"{name} of {case}", got, reference64[name], eager[name])
+
+
+def check_frozen(backend: Backend, case: Case, device: torch.device | str = "cpu") -> None:
+    """Assert that B = 0 gives the frozen layer of the same backend, bit for bit, whatever s.
+
+    y and dx must equal those of s = 0, where nothing of the adapter is left, and da must be zero.
+
+    Raises:
+        AssertionError: on the first result that differs.
+    """
+    inputs = make_inputs(case, device)
+    inputs = inputs._replace(lora_b=torch.zeros_like(inputs.lora_b))
+    with poisoned_memory():
+        results = run_backend(backend, case, inputs)
+        frozen = run_backend(backend, case._replace(scaling=0.0), inputs)
+    for name, got, kept in zip(Results._fields, results, frozen, strict=True):
+        if got is None or kept is None:
+            continue
+        assert name in ("p", "db") or torch.equal(got, kept), f"{name} is not frozen in {case}"
+    assert results.da is None or not results.da.any(), f"da is not zero in {case}"
+
+
+# An x that s·x·Aᵀ would take out of fp16, an s beyond fp16 itself, and both ends of fp32.
+FROZEN_CASES = tuple(
+    Case(130, 72, 136, 24, dtype, adapter_dtype, True, dropout_p, s, magnitudes=(loud, 1, 1, 1, 1))
+    for dtype, adapter_dtype in ((fp16, None), (bf16, None), (fp16, fp32), (fp32, None))
+    for dropout_p, s, loud in (
+        *((p, s, 1.0) for p in (0.0, 0.3) for s in (1.0, -3.0, 0.3, 1e5, 1e-9, 1e30, 1e-30)),
+        *((p, 16.0, 2.0**12) for p in (0.0, 0.3)),
+    )
+)
 
 
 @contextlib.contextmanager

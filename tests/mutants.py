@@ -268,6 +268,12 @@ MUTANTS: dict[str, Mutant] = {
     **dict(_each_direction()),
     "base path missing in y": given(with_(weight=lambda c: torch.zeros_like(c.weight)), "y"),
     "base path missing in dx": given(with_(weight=lambda c: torch.zeros_like(c.weight)), "dx"),
+    **{
+        f"power of two missing in {name}": given(
+            with_(scaling=lambda c: c.scale().factor * (1 - c.dropout_p)), name
+        )
+        for name in ("y", "dx", "da", "db")
+    },
     "bias missing": given(with_(bias=None), "y"),
     "bias added twice": given(with_(bias=lambda c: 2 * c.bias), "y"),
     "bias missing in the last column": given(

@@ -1,16 +1,71 @@
 """The shared checks pass the reference and kill every mutant of it."""
 
 import pytest
+import torch
 from mutants import MUTANTS
 
+from lora_kernels import testing
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear import operands
+from lora_kernels.ops.lora_linear.operands import Scale
 from lora_kernels.ops.lora_linear.reference import BACKEND
-from lora_kernels.testing import CASES, Case, check_backend
+from lora_kernels.testing import (
+    CASES,
+    FROZEN_CASES,
+    Case,
+    bf16,
+    check_backend,
+    check_frozen,
+    fp16,
+    fp32,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_passes_every_case(case: Case, device: str) -> None:
     check_backend(BACKEND, case, device)
+
+
+@pytest.mark.parametrize("case", FROZEN_CASES, ids=str)
+def test_b_zero_is_the_frozen_layer_bit_for_bit(case: Case, device: str) -> None:
+    check_frozen(BACKEND, case, device)
+
+
+def test_a_scaling_that_passes_through_16_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole_in_p(scaling: float, dropout_p: float, dtype: torch.dtype) -> Scale:
+        return Scale(scaling / (1 - dropout_p), 1.0)
+
+    for module in (operands, testing):
+        monkeypatch.setattr(module, "split_scaling", whole_in_p)
+    sixteen_bit = [c for c in CASES if c.magnitudes[0] > 1e3 and c.adapter_dtype is None]
+    assert {case.dtype for case in sixteen_bit} == {fp16, bf16}
+    tiny = [c for c in CASES if c.dtype == fp16 and abs(c.scaling) < 1e-3]
+    for case in (*sixteen_bit, *tiny):
+        assert kills(case, BACKEND), case
+    noisy = next(c for c in FROZEN_CASES if c.dtype == fp16 and c.magnitudes[0] > 1e3)
+    with pytest.raises(AssertionError):
+        check_frozen(BACKEND, noisy)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "dropout_p", "dtype", "expected"),
+    [
+        (0.0, 0.0, fp16, (0.0, 1.0)),
+        (1.0, 0.0, fp16, (1.0, 1.0)),
+        (2.0, 0.0, bf16, (1.0, 2.0)),
+        (-3.0, 0.0, fp16, (-0.75, 4.0)),
+        (0.75, 0.0, fp16, (0.75, 1.0)),
+        (0.25, 0.0, fp16, (1.0, 0.25)),
+        (0.25, 0.0, bf16, (0.25, 1.0)),
+        (1.0, 0.5, fp32, (1.0, 2.0)),
+        (2.0**120, 0.0, fp16, (2.0**20, 2.0**100)),
+        (2.0**-80, 0.0, fp16, (2.0**-16, 2.0**-64)),
+    ],
+)
+def test_how_a_scaling_is_split(
+    scaling: float, dropout_p: float, dtype: torch.dtype, expected: tuple[float, float]
+) -> None:
+    assert operands.split_scaling(scaling, dropout_p, dtype) == expected
 
 
 @pytest.mark.parametrize("name", MUTANTS)

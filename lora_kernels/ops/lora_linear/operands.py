@@ -114,4 +114,9 @@ def split_scaling(scaling: float, dropout_p: float, dtype: torch.dtype) -> Scale
     0; beside fp16, e is at least -64. A kernel may multiply its accumulator by 2⁻ᵉ and back without
     losing a bit: fp16 products are multiples of 2⁻⁴⁸ below 2⁶³, and e is at most 100.
     """
-    return Scale(scaling / (1 - dropout_p), 1.0)
+    s = scaling / (1 - dropout_p)
+    mantissa, exponent = math.frexp(s)
+    if abs(mantissa) == 0.5:
+        exponent -= 1
+    exponent = min(max(exponent, -64 if dtype == torch.float16 else 0), 100)
+    return Scale(math.ldexp(s, -exponent), math.ldexp(1.0, exponent))

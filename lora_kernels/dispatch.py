@@ -1,5 +1,7 @@
-"""Which backend runs a call: the first that supports it, or exactly the one asked for by name."""
+"""Which backend runs a call: the first that supports it and is proven, or exactly the one named."""
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,34 +19,74 @@ class Backend(NamedTuple):
     `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
     `forward(call)` and `backward(call)` do the work on one typed object, the operands of a call in
     that direction; an operator's `operands.py` documents them and what is returned.
-    `not_auto` is the reason "auto" passes over it whatever the problem, or None.
+    `why_not_auto(problem, backward)` is the reason "auto" passes over it for that direction, or
+    None; a backend without one needs no proof.
     """
 
     name: str
     why_not: Callable[[Any], str | None]
     forward: Callable[[Any], Any]
     backward: Callable[[Any], Any]
-    not_auto: str | None = None
+    why_not_auto: Callable[[Any, bool], str | None] | None = None
+
+    def unproven(self, problem: Any, backward: bool = False) -> str | None:
+        """Return why "auto" passes over this backend although it could run `problem`, or None."""
+        return None if self.why_not_auto is None else self.why_not_auto(problem, backward)
 
 
-def select(backends: Sequence[Backend], problem: Any, requested: str = AUTO) -> Backend:
-    """Return the backend that runs `problem`.
+_Key = tuple[Any, str, bool]
+_chosen: dict[_Key, tuple[Sequence[Backend], Backend]] = {}
+_MOST_CHOICES = 4096
 
-    `requested="auto"` takes the first of `backends` whose `why_not` and `not_auto` are None. A
-    backend asked for by name never falls back.
+
+def select(
+    backends: Sequence[Backend], problem: Any, requested: str = AUTO, *, backward: bool = False
+) -> Backend:
+    """Return the backend that runs one direction of `problem`, from memory if it was asked before.
+
+    `requested="auto"` takes the first of `backends` that has no objection to `problem` and that
+    nothing speaks against on this machine. A backend asked for by name never falls back; where
+    something speaks against it, it warns once.
 
     Raises:
         BackendUnavailable: listing the reason of every backend that was considered.
     """
+    key = problem, requested, backward
+    known = _chosen.get(key)
+    if known is not None and known[0] is backends:
+        return known[1]
+    backend = _select(backends, problem, requested, backward)
+    if len(_chosen) >= _MOST_CHOICES:
+        _chosen.clear()
+    _chosen[key] = backends, backend
+    return backend
+
+
+def forget() -> None:
+    """Ask every backend anew from now on: something that choices depend on has changed."""
+    _chosen.clear()
+
+
+def _select(backends: Sequence[Backend], problem: Any, requested: str, backward: bool) -> Backend:
     reasons = []
     for backend in backends:
-        if requested in (AUTO, backend.name):
-            reason = backend.not_auto if requested == AUTO else None
-            reason = reason or backend.why_not(problem)
+        if requested not in (AUTO, backend.name):
+            continue
+        reason = backend.why_not(problem)
+        if reason is None:
+            reason = backend.unproven(problem, backward)
             if reason is None:
                 return backend
-            reasons.append(f"{backend.name}: {reason}")
+            if requested != AUTO:
+                _warn_once(f"the {backend.name} backend is unproven here: {reason}")
+                return backend
+        reasons.append(f"{backend.name}: {reason}")
     if not reasons:
         names = ", ".join(backend.name for backend in backends)
         raise BackendUnavailable(f"there is no backend {requested!r}, only {names}")
     raise BackendUnavailable(f"no backend for {problem}: " + "; ".join(reasons))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"lora_kernels: {message}", stacklevel=4)

@@ -11,6 +11,7 @@ from lora_kernels import extension
 from lora_kernels.ops.lora_linear import BACKENDS, Problem
 from lora_kernels.ops.lora_linear.problem import arch
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
+from lora_kernels.qualify import choose
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
@@ -46,12 +47,14 @@ def _report() -> Iterator[str]:
         )
         cells = []
         for backend in BACKENDS:
-            reason = backend.why_not(problem) or backend.not_auto
+            reason = backend.why_not(problem) or backend.unproven(problem)
             note = None if reason is None else reasons.setdefault(reason, len(reasons) + 1)
             cells.append("yes" if note is None else f"no [{note}]")
         rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])
     yield from _table(rows)
     yield from (f"[{note}] {reason}" for reason, note in reasons.items())
+    yield ""
+    yield from choose.trust(BACKENDS, device.type)
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:

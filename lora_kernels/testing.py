@@ -6,7 +6,7 @@ writes zeros, skips a block, drops the scaling, truncates the rank or shifts the
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -163,7 +163,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     )
 
 
-def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tensor) -> None:
+def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tensor) -> float:
     """Assert that `actual` is as close to float64 as eager PyTorch in the same dtype, twice over.
 
     `max|actual − ref64| ≤ 2·(max|eager − ref64| + eps·max|ref64|)`, eps being that of eager's
@@ -175,6 +175,9 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
         reference64: the float64 result, on the CPU.
         eager: the same computation by eager PyTorch in the operands' dtype.
 
+    Returns:
+        The largest error over the tolerance, at most 1.
+
     Raises:
         AssertionError: naming the error, the tolerance and the worst element.
     """
@@ -182,7 +185,7 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
         f"{name}: shape {tuple(actual.shape)}, expected {tuple(reference64.shape)}"
     )
     if actual.numel() == 0:
-        return
+        return 0.0
     got = actual.detach().to("cpu", fp64)
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements are not finite"
     assert eager.shape == actual.shape, f"{name}: eager has shape {tuple(eager.shape)}"
@@ -198,6 +201,7 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
     assert error.max() <= tolerance, (
         f"{name}: error {error.max():.3g} at {worst} exceeds the tolerance {tolerance:.3g}"
     )
+    return float(error.max() / tolerance) if tolerance > 0 else 0.0
 
 
 def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -217,29 +221,63 @@ def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor
     return {"y": y, "p": low_rank, "dx": dx, "da": da, "db": db}
 
 
-def check_backend(backend: Backend, case: Case, device: torch.device | str = "cpu") -> None:
+def check_backend(
+    backend: Backend,
+    case: Case,
+    device: torch.device | str = "cpu",
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> float:
     """Run `backend` on `case` and assert that y, P and the needed gradients are right.
+
+    `change` may make other inputs of the drawn ones; it must do so the same way every time.
+
+    Returns:
+        The largest error over its tolerance, at most 1.
 
     Raises:
         AssertionError: on the first result of wrong shape, dtype or value.
     """
-    inputs, pristine = make_inputs(case, device), make_inputs(case, device)
+    inputs, pristine = (change(make_inputs(case, device)) for _ in range(2))
     with poisoned_memory():
         results = run_backend(backend, case, inputs)
 
-    reference64 = expected(case, make_inputs(case), fp64)
+    # A float64 product of a large case would take a CPU minutes.
+    large = case.m * case.n * case.k >= 2**30
+    reference64 = expected(case, pristine if large else change(make_inputs(case)), fp64)
     eager = expected(case, pristine, case.dtype)
     for name, given, kept in zip(Inputs._fields, inputs, pristine, strict=True):
         if given is not None and kept is not None:
             assert torch.equal(given, kept), f"{name} was written to in {case}"
-    wanted = (True, True, *case.needs)
+    worst, wanted = 0.0, (True, True, *case.needs)
     likes = inputs.x, inputs.lora_a, inputs.x, inputs.lora_a, inputs.lora_b
     for name, got, like, needed in zip(Results._fields, results, likes, wanted, strict=True):
         if not needed:
             continue
         assert got is not None, f"{name} is missing in {case}"
         assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
-        assert_accurate(f"{name} of {case}", got, reference64[name], eager[name])
+        exact = reference64[name].cpu()
+        worst = max(worst, assert_accurate(f"{name} of {case}", got, exact, eager[name]))
+    return worst
+
+
+def check_non_finite(
+    backend: Backend, case: Case, value: float, device: torch.device | str = "cpu"
+) -> None:
+    """Assert that a NaN or Inf in x and in dy comes out where PyTorch has one, and only there.
+
+    Raises:
+        AssertionError: on the first result that differs.
+    """
+    inputs = make_inputs(case, device)
+    if case.m and case.k and case.n:
+        inputs.x[case.m // 2, case.k // 3] = value
+        inputs.dy[case.m // 3, case.n // 2] = value
+    results = run_backend(backend, case, inputs)
+    right = expected(case, inputs, case.dtype)
+    for name, got in results._asdict().items():
+        if got is not None:
+            same = torch.equal(got.isfinite(), right[name].isfinite())
+            assert same, f"{name} has {value} elsewhere than PyTorch in {case}"
 
 
 def check_frozen(backend: Backend, case: Case, device: torch.device | str = "cpu") -> None:

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from lora_kernels import dispatch
+
 hypothesis.settings.register_profile(
     "fixed",
     deadline=None,
@@ -27,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_from_another_test() -> None:
+    dispatch.forget()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -13,11 +13,16 @@ import lora_kernels
 PACKAGE = Path(lora_kernels.__file__).parent
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
 OP = "lora_kernels.ops.lora_linear"
+QUALIFY = "lora_kernels.qualify"
 BACKENDS = {f"{OP}.reference", f"{OP}.triton", f"{OP}.cuda"}
 
 # Each layer may import the ones below it; data flows one way.
 LAYERS = (
-    {"lora_kernels.info"},
+    {"lora_kernels.info", f"{QUALIFY}.__main__"},
+    {f"{QUALIFY}.child"},
+    {f"{QUALIFY}.parent"},
+    {f"{QUALIFY}.checks"},
+    {f"{QUALIFY}.timing"},
     {"lora_kernels"},
     {"lora_kernels.layers", "lora_kernels.peft", "lora_kernels.testing"},
     {OP},
@@ -28,7 +33,9 @@ LAYERS = (
         *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),
         f"{OP}.workspace",
     },
-    {"lora_kernels.dispatch", "lora_kernels.extension"},
+    {f"{QUALIFY}.choose"},
+    {f"{QUALIFY}.record"},
+    {"lora_kernels.dispatch", "lora_kernels.extension", QUALIFY},
 )
 # Names of one layer that may know one another, the reader first.
 BESIDE = {

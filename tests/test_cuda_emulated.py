@@ -23,8 +23,6 @@ from lora_kernels.testing import (
     run_backend,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")
-
 # A tile is 128 x 256, a stage 64 deep, a panel 64 wide, a rank tile 64: sizes stand on both sides
 # of each, and K and R straddle the slices of 16. 8 is the smallest of everything but M.
 CASES = (

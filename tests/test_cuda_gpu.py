@@ -20,7 +20,7 @@ from lora_kernels.testing import (
     run_backend,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend")]
+pytestmark = pytest.mark.gpu
 
 # More tiles than SMs, more P items than SMs, several rank tiles, ragged in every direction.
 LARGE = (

@@ -1,6 +1,4 @@
-"""The CUDA backend's host side: what it refuses and copies, and that "auto" leaves it alone."""
-
-import warnings
+"""The CUDA backend's host side: what it refuses, and what it copies."""
 
 import pytest
 import torch
@@ -53,25 +51,9 @@ def test_an_absent_extension_is_the_last_reason(monkeypatch: pytest.MonkeyPatch)
     assert cuda.why_not(HOPPER._replace(arch=80)) == "it needs compute capability 9.0, not 8.0"
 
 
-def test_auto_leaves_it_alone_until_it_is_verified() -> None:
-    assert select(BACKENDS, HOPPER).name != "cuda"
-    assert select(BACKENDS, HOPPER, "cuda").name == "cuda"
-    verified = (cuda.BACKEND._replace(not_auto=None), *BACKENDS[1:])
-    assert select(verified, HOPPER).name == "cuda"
-
-
 def test_asking_for_it_by_name_gets_its_reason() -> None:
     with pytest.raises(BackendUnavailable, match=r"cuda: it needs a CUDA device, not cpu$"):
         select(BACKENDS, HOPPER._replace(device="cpu", arch=None), "cuda")
-
-
-def test_it_warns_once() -> None:
-    cuda._warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="the cuda backend is checked in an emulator"):
-        cuda._warn_once()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cuda._warn_once()
 
 
 def test_only_what_tma_cannot_address_is_copied() -> None:
@@ -97,7 +79,5 @@ def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(extension, "load", lambda: pytest.fail("launched"))
     case = Case(8, 8, 8, 8, bf16, needs=(False, False, False))
     inputs = make_inputs(case)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        none = cuda.backward(inputs.backward(case, inputs.x))
+    none = cuda.backward(inputs.backward(case, inputs.x))
     assert none == (None, None, None)

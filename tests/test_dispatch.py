@@ -1,7 +1,10 @@
 """`select`: the first backend that supports a problem, or exactly the one asked for."""
 
+import warnings
+
 import pytest
 
+from lora_kernels import dispatch
 from lora_kernels.dispatch import AUTO, Backend, BackendUnavailable, select
 
 
@@ -35,11 +38,37 @@ def test_a_name_takes_that_backend() -> None:
 
 
 def test_auto_passes_over_what_asks_for_that() -> None:
-    shy = FAST._replace(name="shy", not_auto="only by name")
+    shy = FAST._replace(name="shy", why_not_auto=lambda problem, backward: "only by name")
     assert select((shy, SLOW), "p") is SLOW
-    assert select((shy, SLOW), "p", "shy") is shy
+    with pytest.warns(UserWarning, match="the shy backend is unproven here: only by name"):
+        assert select((shy, SLOW), "p", "shy") is shy
+    with warnings.catch_warnings():  # once is enough
+        warnings.simplefilter("error")
+        assert select((shy, SLOW), "another", "shy") is shy
     with pytest.raises(BackendUnavailable, match=r"^no backend for p: shy: only by name$"):
         select((shy,), "p")
+
+
+def test_each_direction_is_asked_for() -> None:
+    forth = FAST._replace(why_not_auto=lambda problem, backward: "slower" if backward else None)
+    assert select((forth, SLOW), "p") is forth
+    assert select((forth, SLOW), "p", backward=True) is SLOW
+
+
+def test_a_choice_is_remembered_for_these_backends_alone() -> None:
+    asked: list[object] = []
+
+    def ask(problem: object) -> None:
+        asked.append(problem)
+
+    curious = (FAST._replace(why_not=ask), SLOW)
+    for _ in range(3):
+        assert select(curious, "p") is curious[0]
+    assert asked == ["p"]
+    assert select((SLOW,), "p") is SLOW
+    dispatch.forget()
+    select(curious, "p")
+    assert asked == ["p", "p"]
 
 
 def test_a_name_never_falls_back() -> None:

@@ -4,7 +4,6 @@ Importing this module loads no extension. csrc/lora_linear has the kernels, READ
 """
 
 import functools
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,10 +15,7 @@ from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
-
-# Set to None, with the record of the GPU tests beside it in bench/results/, "auto" may choose this
-# backend and asking for it by name warns no more.
-UNVERIFIED: str | None = "checked in an emulator, but on no GPU yet"
+from lora_kernels.qualify import choose
 
 _ALIGNMENT = 16  # bytes, of what TMA reads and writes: addresses and row pitches
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -52,7 +48,6 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     An operand whose rows TMA cannot address (columns apart, or a pitch or address that is no
     multiple of 16 bytes) is copied first.
     """
-    _warn_once()
     x, weight, lora_a, lora_b = map(_addressable, call[:4])
     (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
     bias = None if call.bias is None else call.bias.contiguous()
@@ -70,7 +65,6 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
 
 def backward(call: Backward) -> Gradients:
     """Return the needed ones of dx, da and db; copies as `forward` does."""
-    _warn_once()
     if not any(call.needs):
         return Gradients(None, None, None)
     (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
@@ -92,11 +86,7 @@ def backward(call: Backward) -> Gradients:
 
 
 BACKEND = Backend(
-    "cuda",
-    why_not,
-    forward,
-    backward,
-    not_auto=UNVERIFIED and f"only when asked for by name: {UNVERIFIED}",
+    "cuda", why_not, forward, backward, functools.partial(choose.why_not_auto, "cuda")
 )
 
 
@@ -143,9 +133,3 @@ def _device(x: Tensor) -> AbstractContextManager[object]:
 
 def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-@functools.cache
-def _warn_once() -> None:
-    if UNVERIFIED is not None:
-        warnings.warn(f"lora_linear: the cuda backend is {UNVERIFIED}", stacklevel=2)

@@ -210,7 +210,7 @@ def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *operands, backend = arguments
     call = Backward(*operands)
-    dx, da, db = select(BACKENDS, call.problem(), backend).backward(call)
+    dx, da, db = select(BACKENDS, call.problem(), backend, backward=True).backward(call)
     return (
         call.dy.new_empty(0) if dx is None else dx,
         call.dy.new_empty(0) if da is None else da,

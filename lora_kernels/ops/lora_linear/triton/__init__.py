@@ -19,10 +19,7 @@ from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
-
-# Set to None, with the record of the GPU tests beside it in bench/results/, "auto" may choose this
-# backend.
-UNVERIFIED: str | None = "interpreted and compiled, but run on no GPU yet"
+from lora_kernels.qualify import choose
 
 OLDEST = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -105,11 +102,7 @@ def backward(call: Backward) -> Gradients:
 
 
 BACKEND = Backend(
-    "triton",
-    why_not,
-    forward,
-    backward,
-    not_auto=UNVERIFIED and f"only when asked for by name: {UNVERIFIED}",
+    "triton", why_not, forward, backward, functools.partial(choose.why_not_auto, "triton")
 )
 
 

@@ -1,0 +1,75 @@
+"""The process that touches the GPU: runs steps and reports each before and after it.
+
+    python -m lora_kernels.qualify.child OPTIONS.json START PIPE [BACKEND to leave out ...]
+
+It writes one JSON object a line to the file descriptor PIPE: the environment and the steps, then
+for each step its beginning and its outcome. After anything but a right or a wrong result it ends,
+as its CUDA context may be beyond use; its parent starts another for the rest.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear import BACKENDS
+from lora_kernels.qualify import record
+from lora_kernels.qualify.checks import Options, Step, steps
+
+CRASHED = 3  # the exit status after a step that raised
+
+
+def main(argv: Sequence[str], backends: Sequence[Backend] = BACKENDS) -> int:
+    """Run the steps from START on."""
+    options = Options(**json.loads(argv[0]))
+    start, pipe, left_out = int(argv[1]), int(argv[2]), set(argv[3:])
+
+    def say(**fields: Any) -> None:
+        os.write(pipe, json.dumps(fields).encode() + b"\n")
+
+    device_type = torch.device(options.device).type
+    if device_type == "cuda" and not torch.cuda.is_available():
+        print("there is no CUDA device here, or this PyTorch is a CPU build")
+        return CRASHED
+    listed = steps(options, backends)
+    say(
+        environment=record.environment(device_type),
+        steps=[(step.backend, step.name, step.limit_s) for step in listed],
+    )
+    for i, step in enumerate(listed[start:], start):
+        if step.backend in left_out:
+            continue
+        say(begin=i)
+        outcome, detail, found = attempt(step)
+        say(end=i, outcome=outcome, detail=detail, **found)
+        if outcome == record.CRASHED:
+            return CRASHED
+        if outcome == record.WRONG:
+            left_out.add(step.backend)
+    return 0
+
+
+def attempt(step: Step) -> tuple[str, str, dict[str, Any]]:
+    """Run a step; return its outcome, why if it is not right, and what it found."""
+    try:
+        return record.RIGHT, "", step.run()
+    except AssertionError as error:
+        return record.WRONG, _line(error), {}
+    except torch.OutOfMemoryError as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return record.MEMORY, _line(error), {}
+    except Exception as error:
+        return record.CRASHED, f"{type(error).__name__}: {_line(error)}", {}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

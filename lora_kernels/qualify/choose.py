@@ -1,0 +1,167 @@
+"""What "auto" may pick, from this machine's record alone; nothing is ever measured here.
+
+A backend is picked for one direction of a problem if it passed every check on this machine and was
+not slower than the composition where the nearest sizes were measured (`nearest`).
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lora_kernels.qualify import record
+from lora_kernels.qualify.record import Measured, Record
+
+COMMAND = "python -m lora_kernels.qualify"
+KEPT_FOR = ("cuda",)  # types of device that have a record
+_NEAR = 1.0  # in octaves: N, K and R at most a factor of two away
+
+_NONE = "none"  # what a rank without a record says
+
+_lock = threading.Lock()
+_records: dict[str, Record | str] = {}  # by type of device
+_agreed = False
+
+
+def why_not_auto(backend: str, problem: Any, backward: bool) -> str | None:
+    """Return why "auto" passes over `backend` for a direction of `problem`, or None.
+
+    Raises:
+        RuntimeError: the ranks of a process group have different records, or a pinned record
+            cannot serve here; the message says what to do.
+    """
+    found = known(problem.device)
+    return found if isinstance(found, str) else judge(found, backend, problem, backward)
+
+
+def known(device_type: str) -> Record | str:
+    """Return this machine's record, read once per process, or why there is none."""
+    if device_type not in KEPT_FOR:
+        return f"no record is kept for {device_type}"
+    with _lock:
+        if device_type not in _records:
+            _records[device_type] = _read(device_type)
+        if not _agreed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            _agree(device_type)
+        return _records[device_type]
+
+
+def forget() -> None:
+    """Read the record again at the next question, after a qualification say."""
+    global _agreed
+    _records.clear()
+    _agreed = False
+
+
+def judge(found: Record, backend: str, problem: Any, backward: bool) -> str | None:
+    """Return why a record speaks against `backend` for a direction of `problem`, or None."""
+    verdict = found.backends.get(backend)
+    if verdict is None or verdict.outcome == record.UNTRIED:
+        return f"not yet tried on this machine: {COMMAND}"
+    if verdict.outcome != record.RIGHT:
+        return f"{verdict.outcome} on this machine: {verdict.detail}"
+    near = nearest(verdict.measured, problem, backward)
+    if not near:
+        return f"no size near this one was measured on this machine: {COMMAND}"
+    slow = next((measured for measured in near if measured.slower), None)
+    if slow is not None:
+        worst = max(slow.x_composition, slow.x_graph or 0)
+        return f"{worst:.2f} x the composition's time at {size(slow)} on this machine"
+    return None
+
+
+def nearest(measured: Sequence[Measured], problem: Any, backward: bool) -> list[Measured]:
+    """Return the measurements that speak for a direction of `problem`; all must speak well.
+
+    Of the same direction, dtypes and dropout; at the (N, K, R) nearest in octaves, summed, none of
+    the three more than one away; there, M on either side: the largest measured M up to the
+    problem's and the smallest from it on. Beyond the largest, the largest speaks alone, a kernel's
+    fixed costs being past; below the smallest, none does if it is more than an octave away.
+    """
+    kind = (str(problem.dtype), str(problem.adapter_dtype), problem.dropout, backward)
+
+    def octaves(one: int, other: int) -> float:
+        return abs(math.log2(max(one, 1) / max(other, 1)))
+
+    groups: dict[tuple[int, int, int], list[Measured]] = {}
+    for m in measured:
+        if kind != (f"torch.{m.dtype}", f"torch.{m.adapter_dtype}", m.dropout, m.backward):
+            continue
+        away = [octaves(a, b) for a, b in zip(problem[1:4], (m.n, m.k, m.r), strict=True)]
+        if max(away) <= _NEAR:
+            groups.setdefault((m.n, m.k, m.r), []).append(m)
+    if not groups:
+        return []
+
+    def distance(sizes: tuple[int, int, int]) -> float:
+        return sum(octaves(a, b) for a, b in zip(problem[1:4], sizes, strict=True))
+
+    least = min(map(distance, groups))
+    near = []
+    for sizes, group in groups.items():
+        if distance(sizes) == least:  # of several equally near, all have a say
+            below = [m for m in group if m.m <= problem.m]
+            above = [m for m in group if m.m > problem.m]
+            if not below and octaves(problem.m, min(m.m for m in above)) > _NEAR:
+                return []
+            near += [max(below, key=lambda m: m.m)] if below else []
+            if above and not (below and near[-1].m == problem.m):
+                near.append(min(above, key=lambda m: m.m))
+    return near
+
+
+def trust(backends: Sequence[Any], device_type: str) -> Iterator[str]:
+    """Yield what this machine has shown of each of `backends` that needs a proof, a line each."""
+    found = known(device_type)
+    for name in (backend.name for backend in backends if backend.why_not_auto is not None):
+        if isinstance(found, str):
+            yield f"{name}: {found}"
+        elif name not in found.backends:
+            yield f"{name}: not yet tried on this machine: {COMMAND}"
+        else:
+            yield f"{name}: {found.created[:10]}: {record.summary(found.backends[name])}"
+
+
+def size(measured: Measured) -> str:
+    """Return the sizes of a measurement, as errors and tables name them."""
+    return f"M={measured.m} N={measured.n} K={measured.k} R={measured.r}"
+
+
+def _read(device_type: str) -> Record | str:
+    here = record.environment(device_type)
+    if here.get("mixed"):
+        return "the visible GPUs differ: let CUDA_VISIBLE_DEVICES name GPUs of one kind"
+    found = record.find(here)
+    return found if isinstance(found, Record) else f"{found}: {COMMAND}"
+
+
+def _agree(device_type: str) -> None:
+    """Let every rank of a process group use one record: that of the rank that asked first.
+
+    A store's compare-and-set, not a collective: a rank without LoRA layers never gets here.
+    """
+    global _agreed
+    mine = _records[device_type]
+    text = mine.to_json() if isinstance(mine, Record) else _NONE
+    store = torch.distributed.distributed_c10d._get_default_store()
+    said = store.compare_set("lora_kernels/record", "", text).decode()
+    if said != text:
+        _records[device_type] = _adopt(said, record.environment(device_type))
+    _agreed = True
+
+
+def _adopt(text: str, here: Mapping[str, Any]) -> Record | str:
+    """Return another rank's record if it speaks for this rank's GPU."""
+    if text == _NONE:
+        return f"another rank has no record for its GPU: {COMMAND}"
+    theirs = record.from_json(text)
+    for key in ("kernels", "extension", "name", "torch", "triton"):
+        if theirs.environment.get(key) != here.get(key):
+            raise RuntimeError(
+                f"lora_kernels: the ranks must choose alike, but {key} is {here.get(key)!r} here "
+                f"and {theirs.environment.get(key)!r} on another rank; make them equal, or pin one "
+                "record on all with LORA_KERNELS_RECORD"
+            )
+    return theirs

@@ -1,0 +1,191 @@
+"""Leads a qualification through children and never touches the GPU itself.
+
+A step that makes no progress within its limit has its child killed; a child that dies takes only
+its step along. Either way the backend has its verdict, its other steps are left out, and a fresh
+child goes on with the rest.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from lora_kernels.qualify import record
+from lora_kernels.qualify.checks import SPEED, Options
+from lora_kernels.qualify.record import Measured, Record, Verdict
+
+CHILD = (sys.executable, "-m", "lora_kernels.qualify.child")
+START_S = 120.0  # until a child has listed its steps: importing, a first CUDA context
+_LAST_LINES = 400  # characters of what a dead child printed
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class _Run:
+    """What is known so far."""
+
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    steps: list[tuple[str, str, float]] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    next: int = 0
+
+    def settle(self, i: int, outcome: str, detail: str, found: Mapping[str, Any]) -> None:
+        """Add the outcome of step `i` to its backend's verdict."""
+        backend, name, _ = self.steps[i]
+        verdict = self.verdicts[backend]
+        self.next = i + 1
+        if outcome == record.RIGHT:
+            measured = verdict.measured
+            if "measured" in found:
+                measured = (*measured, Measured(**found["measured"]))
+            self.verdicts[backend] = replace(
+                verdict,
+                outcome=record.RIGHT,
+                checks=verdict.checks + ("measured" not in found),
+                worst_error=max(verdict.worst_error, found.get("error", 0.0)),
+                measured=measured,
+            )
+        elif outcome != record.MEMORY:  # too little memory says nothing about a backend
+            detail = f"{name}: {detail}" if detail else name
+            self.verdicts[backend] = replace(verdict, outcome=outcome, detail=detail)
+
+    @property
+    def left_out(self) -> list[str]:
+        fine = (record.RIGHT, record.UNTRIED)
+        return [name for name, verdict in self.verdicts.items() if verdict.outcome not in fine]
+
+
+def listed(
+    options: Options, child: Sequence[str] = CHILD
+) -> tuple[Mapping[str, Any], list[tuple[str, str, float]]]:
+    """Return the environment that a child sees and the steps it would run: (backend, name, limit).
+
+    Raises:
+        RuntimeError: the child could not say; the message ends with what it printed.
+    """
+    run = _Run(next=1 << 30)
+    _one_child(run, options, float("inf"), _no_progress, child)
+    return run.environment, run.steps
+
+
+def qualify(
+    options: Options,
+    budget_s: float = float("inf"),
+    progress: Progress | None = None,
+    child: Sequence[str] = CHILD,
+) -> Record:
+    """Try every backend and return the record; numbers are never cut short by the budget.
+
+    Raises:
+        RuntimeError: no child could list its steps; the message ends with what it printed.
+    """
+    run, deadline = _Run(), time.monotonic() + budget_s
+    while _one_child(run, options, deadline, progress or _no_progress, child):
+        pass
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Record(run.environment, run.verdicts, created)
+
+
+def _no_progress(done: int, total: int, name: str) -> None:
+    pass
+
+
+def _one_child(
+    run: _Run, options: Options, deadline: float, progress: Progress, child: Sequence[str]
+) -> bool:
+    """Let a child run the steps from `run.next` on; return whether another is needed."""
+    reading, writing = os.pipe()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [*child, json.dumps(options._asdict()), str(run.next), str(writing), *run.left_out],
+            pass_fds=(writing,), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        os.close(writing)
+        current, started_at, pipe = None, run.next, _Pipe(reading, START_S)
+        try:
+            for said in pipe:
+                if said is None:
+                    break  # no progress within the limit
+                if "environment" in said:
+                    _begin(run, said)
+                elif "begin" in said:
+                    current = said["begin"]
+                    backend, name, pipe.limit_s = run.steps[current]
+                    progress(current, len(run.steps), f"{backend} {name}")
+                    if time.monotonic() > deadline and name.startswith(SPEED):
+                        return False
+                else:
+                    run.settle(said["end"], said["outcome"], said["detail"], said)
+                    current = None
+            else:
+                process.wait()
+                said = {}
+            if not run.environment:
+                raise RuntimeError(f"nothing can be tried: {_last(output)}")
+            if said is None:
+                hung = run.next if current is None else current
+                run.settle(hung, record.HUNG, f"no end within {pipe.limit_s:.0f} s", {})
+            elif current is not None:
+                run.settle(current, record.CRASHED, _ending(process, output), {})
+            elif process.returncode == 0:
+                return False
+            elif run.next == started_at:
+                raise RuntimeError(f"the child ended before a step: {_ending(process, output)}")
+            return run.next < len(run.steps)
+        finally:
+            os.close(reading)
+            _end(process)
+
+
+def _begin(run: _Run, said: Mapping[str, Any]) -> None:
+    run.environment, run.steps = said["environment"], [tuple(s) for s in said["steps"]]
+    for backend, _, _ in run.steps:
+        run.verdicts.setdefault(backend, Verdict(record.UNTRIED))
+
+
+class _Pipe:
+    """What a child says, object by object; None once it has said nothing for the limit."""
+
+    def __init__(self, descriptor: int, limit_s: float) -> None:
+        self._descriptor, self.limit_s = descriptor, limit_s
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        pending = b""
+        while True:
+            ready, _, _ = select.select([self._descriptor], [], [], self.limit_s)
+            if not ready:
+                yield None
+                return
+            chunk = os.read(self._descriptor, 1 << 16)
+            if not chunk:
+                return
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+
+
+def _ending(process: "subprocess.Popen[bytes]", output: Any) -> str:
+    code = process.returncode
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return f"{how}: {_last(output)}" if _last(output) else how
+
+
+def _last(output: Any) -> str:
+    output.seek(0)
+    return " ".join(output.read().decode(errors="replace").split())[-_LAST_LINES:]
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the child and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

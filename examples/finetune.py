@@ -8,6 +8,8 @@ import argparse
 import copy
 import itertools
 import re
+import subprocess
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -44,6 +46,7 @@ def main() -> None:
     pristine = copy.deepcopy(base)  # for the last check
     model = common.add_adapters(base, args, args.dropout).to(args.device)
     describe(model, batches, validation, args)
+    qualify(model, batches, args)
 
     from lora_kernels import peft
 
@@ -82,6 +85,22 @@ def describe(
         f"Text:  {args.text}; {steps} steps of "
         f"{batch} x {length} tokens, validation on {validation.numel()} tokens held out\n"
     )
+
+
+def qualify(model: nn.Module, batches: Tensor, args: argparse.Namespace) -> None:
+    """On a GPU, let it vouch for the kernels first, on this model's sizes: a minute, once."""
+    if args.device.type != "cuda":
+        return
+    layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    shapes = {f"{layer.out_features},{layer.in_features}" for layer in layers}
+    command = [sys.executable, "-m", "lora_kernels.qualify", "--budget", "60"]
+    command += ["--shapes", *sorted(shapes), "--rank", str(args.rank)]
+    command += ["--tokens", str(batches[0].numel())]
+    command += ["--dropout", *map(str, sorted({0.0, args.dropout}))]
+    command += ["--dtype", str(args.dtype).removeprefix("torch.")]
+    print(" ".join(["python", *command[1:]]), flush=True)
+    subprocess.run(command, check=False)  # what it found bad, "auto" leaves alone
+    print()
 
 
 def measure(
@@ -147,7 +166,7 @@ def compare_speed(model: nn.Module, tokens: Tensor, rounds: int = 5) -> list[flo
 
 
 def backends(model: nn.Module, names: list[str], tokens: Tensor) -> str:
-    """Return the backends that `lora_linear` chooses for the layers `names` in a training step."""
+    """Return the backends that run the layers `names` in a training step, forward and backward."""
     from lora_kernels.dispatch import select
     from lora_kernels.ops.lora_linear import BACKENDS, Problem
 
@@ -158,7 +177,7 @@ def backends(model: nn.Module, names: list[str], tokens: Tensor) -> str:
         adapter = layer.active_adapters[0]
         dropout_p = getattr(layer.lora_dropout[adapter], "p", 0.0)
         problem = Problem.of(tokens.numel(), weight, layer.lora_A[adapter].weight, bias, dropout_p)
-        chosen.add(select(BACKENDS, problem).name)
+        chosen |= {select(BACKENDS, problem, backward=b).name for b in (False, True)}
     return ", ".join(sorted(chosen))
 
 

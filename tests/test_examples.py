@@ -1,5 +1,6 @@
 """The examples, run as a user runs them, on a tiny random model in a folder."""
 
+import argparse
 import importlib
 import json
 import re
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lora_kernels.qualify import __main__ as qualification
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -126,6 +129,30 @@ def test_finetune_fails_where_the_saved_adapter_is_not_the_trained_one(
     )
     assert status == 1
     assert "does not reproduce the fused model" in stderr.splitlines()[-1]
+
+
+def test_finetune_lets_a_gpu_vouch_for_its_kernels_first(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    finetune = importlib.import_module("finetune")
+    commands = []
+    monkeypatch.setattr(finetune.subprocess, "run", lambda command, check: commands.append(command))
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
+    for layer, (n, k) in zip(model, ((8, 4), (4, 8)), strict=True):
+        layer.lora_A, layer.base_layer = None, torch.nn.Linear(k, n)
+    for device in ("cpu", "cuda"):
+        args = argparse.Namespace(
+            device=torch.device(device), rank=4, dropout=0.1, dtype=torch.bfloat16
+        )
+        finetune.qualify(model, torch.zeros(3, 2, 16), args)
+    (command,) = commands
+    options = [
+        *("--shapes", "4,8", "8,4", "--rank", "4", "--tokens", "32"),
+        *("--dropout", "0.0", "0.1", "--dtype", "bfloat16"),
+    ]
+    assert command[1:5] == ["-m", "lora_kernels.qualify", "--budget", "60"]
+    assert command[5:] == options
+    qualification._options(qualification._parser().parse_args(command[3:]))
 
 
 def test_finetune_with_dropout_says_that_the_runs_differ(run, model_folder, text_file, tmp_path):

@@ -1,19 +1,23 @@
-"""Builds lora_kernels._C from csrc/ where nvcc is; elsewhere the package installs without it.
+"""Builds lora_kernels._C from csrc/ where nvcc and ninja are; else the package installs without.
 
-Needs neither a GPU nor a CUDA build of PyTorch. LORA_KERNELS_CUDA=0 skips the extension.
+Needs neither a GPU nor a CUDA build of PyTorch. LORA_KERNELS_CUDA=0 skips the extension. What
+headers a source includes, nvcc itself tells ninja: after a change only what it concerns is rebuilt.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-CSRC = Path(__file__).parent / "csrc"
+CSRC = Path(__file__).parent.absolute() / "csrc"
 SOURCES = (CSRC / "bindings.cpp", *sorted(CSRC.glob("lora_linear/*.cu")))
 # The shorthand -arch=sm_90a would add a plain compute_90 pass, which knows no wgmma.
 FLAGS = (
@@ -21,60 +25,95 @@ FLAGS = (
     "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
 )  # fmt: skip
 OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
+REASON_FILE = "no_extension.txt"  # lora_kernels/extension.py reads it
+RULES = """\
+rule compile
+  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {nvcc} -shared $in -o $out
+"""
 
 
-def find_nvcc() -> str | None:
-    """Return the path of an nvcc that can build the extension, or None, having said why not."""
+class Tools(NamedTuple):
+    """The programs that build the extension."""
+
+    nvcc: str
+    ninja: str
+
+
+def find_tools() -> Tools | str:
+    """Return what builds the extension, or why it cannot be built."""
     if os.environ.get("LORA_KERNELS_CUDA") == "0":
-        print("lora_kernels: no CUDA extension, LORA_KERNELS_CUDA=0")
-        return None
+        return "LORA_KERNELS_CUDA=0"
+    path = os.environ.get("PATH", os.defpath)
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
     if nvcc is None:
-        print("lora_kernels: no CUDA extension, nvcc was not found")
-        return None
+        return "nvcc was not found"
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"release (\d+)\.(\d+)", text)
     if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
-        print(f"lora_kernels: no CUDA extension, {nvcc} is older than CUDA 12.5")
-        return None
-    return nvcc
+        return f"{nvcc} is older than CUDA 12.5"
+    # Beside this Python first: a virtual environment need not be activated.
+    ninja = shutil.which("ninja", path=os.pathsep.join((sysconfig.get_path("scripts"), path)))
+    return Tools(nvcc, ninja) if ninja else "ninja was not found"
 
 
 class BuildKernels(build_ext):
-    """Compiles every source with nvcc, at once, and links them with the static CUDA runtime."""
+    """Lets ninja compile what has changed with nvcc, and link with the static CUDA runtime."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Write the shared library where setuptools expects it."""
+        """Bring the shared library up to date where setuptools expects it."""
         import pybind11
 
-        target = Path(self.get_ext_fullpath(ext.name))
-        objects = Path(self.build_temp)
-        for folder in (target.parent, objects):
-            folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(TOOLS, Tools)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        folder = Path(self.build_temp).absolute()
+        for made in (target.parent, folder):
+            made.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (pybind11.get_include(), *self.compiler.include_dirs)]
-
-        def compile_one(source: Path) -> Path:
-            made = objects / f"{source.stem}.o"
-            _run([NVCC, *FLAGS, *includes, "-c", str(source), "-o", str(made)])
-            return made
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = list(pool.map(compile_one, SOURCES))
-        _run([NVCC, "-shared", *map(str, made), "-o", str(target)])
+        (folder / "build.ninja").write_text(rules(TOOLS.nvcc, includes, folder, target))
+        if subprocess.run([TOOLS.ninja, "-C", str(folder)]).returncode != 0:
+            raise SystemExit("lora_kernels: the build failed; LORA_KERNELS_CUDA=0 installs without")
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(f"{' '.join(command)}\n{done.stdout}", end="")
-    if done.returncode != 0:
-        raise SystemExit(f"lora_kernels: {command[0]} failed; LORA_KERNELS_CUDA=0 installs without")
+def rules(nvcc: str, includes: list[str], folder: Path, target: Path) -> str:
+    """Return the text of build.ninja: an object of every source, linked into `target`."""
+
+    def path(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    made = {source: folder / f"{source.stem}.o" for source in SOURCES}
+    flags = shlex.join([*FLAGS, *includes]).replace("$", "$$")
+    lines = [RULES.format(nvcc=shlex.quote(nvcc).replace("$", "$$"), flags=flags)]
+    lines += [f"build {path(out)}: compile {path(source)}" for source, out in made.items()]
+    lines += [f"build {path(target)}: link {' '.join(map(path, made.values()))}"]
+    return "\n".join(lines) + "\n"
 
 
-NVCC = find_nvcc()
+class BuildPython(build_py):
+    """Leaves word beside the package why it has no extension."""
+
+    def run(self) -> None:
+        """Copy the package, and the reason."""
+        super().run()
+        root = CSRC.parent if self.editable_mode else Path(self.build_lib)
+        reason = root / "lora_kernels" / REASON_FILE
+        if isinstance(TOOLS, str):
+            reason.parent.mkdir(parents=True, exist_ok=True)
+            reason.write_text(TOOLS)
+        else:
+            reason.unlink(missing_ok=True)
+
+
+TOOLS = find_tools()
+if isinstance(TOOLS, str):
+    print(f"lora_kernels: no CUDA extension, {TOOLS}")
 setup(
     ext_modules=[Extension("lora_kernels._C", [str(s.relative_to(CSRC.parent)) for s in SOURCES])]
-    if NVCC
+    if isinstance(TOOLS, Tools)
     else [],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

@@ -2,7 +2,10 @@
 
 import functools
 import importlib
+from pathlib import Path
 from types import ModuleType
+
+_REASON = Path(__file__).with_name("no_extension.txt")  # where setup.py built none, it says why
 
 
 @functools.cache
@@ -19,7 +22,8 @@ def why_absent() -> str | None:
     if not isinstance(loaded, ImportError):
         return None
     if isinstance(loaded, ModuleNotFoundError):
-        return "the CUDA extension lora_kernels._C is not built, which takes nvcc at installation"
+        why = _REASON.read_text() if _REASON.exists() else "it takes nvcc and ninja at installation"
+        return f"the CUDA extension lora_kernels._C is not built: {why}"
     return f"the CUDA extension lora_kernels._C does not load: {loaded}"
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from bench.cases import TABLES, BenchCase
+from bench.forced import FEW_CTAS, forced, tiles
 from bench.measure import attempt, call_of, operand_sets, time_calls
 from bench.providers import AGAIN, FROZEN, PROVIDERS, problem
 from bench.timing import Call
 from lora_kernels.ops.lora_linear import triton
-from lora_kernels.ops.lora_linear.config import TileConfig, candidates, fits, pick
+from lora_kernels.ops.lora_linear.config import TileConfig, pick
 from lora_kernels.testing import check_backend
 
-# Enough for several tiles, one of them ragged; rows of x and W stay aligned for TMA.
+# Several tiles, one of them ragged, for every CTA; rows of x and W stay aligned for TMA.
 GATE_ROWS, GATE_FEATURES = 300, 512
 
 
@@ -54,9 +55,10 @@ def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterato
     sizes = {"m": GATE_ROWS, "n": GATE_FEATURES, "k": GATE_FEATURES}
     gated = case._replace(**{name: min(getattr(case, name), most) for name, most in sizes.items()})
     right = []
-    for config in (config for config in candidates(facts) if fits(config, facts)):
-        force(config)
-        if failed := attempt(check_backend, triton.BACKEND, gated, device):
+    for config in tiles(facts):
+        with forced(config, FEW_CTAS):
+            failed = attempt(check_backend, triton.BACKEND, gated, device)
+        if failed:
             yield f"# {config} {failed}"
         else:
             right.append(config)
@@ -79,15 +81,10 @@ def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterato
         yield f"{key}: {best},  # {timed[best]:.3f}, rule {timed.get(ruled, float('nan')):.3f}"
 
 
-def force(config: TileConfig) -> None:
-    """Make the backend use `config` from now on."""
-    triton.pick = lambda *_, **__: config  # type: ignore[assignment]
-
-
 def _forced(config: TileConfig, call: Call) -> Call:
     def run(state: Any) -> object:
-        force(config)
-        return call.run(state)
+        with forced(config):
+            return call.run(state)
 
     return Call(call.prepare, run)
 

@@ -163,11 +163,22 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     )
 
 
+def tolerance(dtype: torch.dtype, reference64: Tensor, eager: Tensor) -> Tensor:
+    """Return `2·(max|eager − ref64| + eps·max|ref64|)`, the error a result of `dtype` may have.
+
+    eps is that of eager's dtype; a float64 result gets 1e-12 of `max|ref64|`.
+    """
+    magnitude = reference64.abs().max()
+    if dtype == fp64:
+        return 1e-12 * magnitude
+    eager_error = (eager.detach().to("cpu", fp64) - reference64).abs().max()
+    return 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
+
+
 def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tensor) -> float:
     """Assert that `actual` is as close to float64 as eager PyTorch in the same dtype, twice over.
 
-    `max|actual − ref64| ≤ 2·(max|eager − ref64| + eps·max|ref64|)`, eps being that of eager's
-    dtype; float64 itself must agree to 1e-12 of `max|ref64|`. Also: finite, and the same shape.
+    `max|actual − ref64| ≤ tolerance`; also finite, and of the same shape.
 
     Args:
         name: what is compared, for the message.
@@ -189,19 +200,14 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
     got = actual.detach().to("cpu", fp64)
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements are not finite"
     assert eager.shape == actual.shape, f"{name}: eager has shape {tuple(eager.shape)}"
-    magnitude = reference64.abs().max()
-    if actual.dtype == fp64:
-        tolerance = 1e-12 * magnitude
-    else:
-        eager_error = (eager.detach().to("cpu", fp64) - reference64).abs().max()
-        tolerance = 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
-        assert tolerance.isfinite(), f"{name}: eager itself overflows; choose a smaller case"
+    allowed = tolerance(actual.dtype, reference64, eager)
+    assert allowed.isfinite(), f"{name}: eager itself overflows; choose a smaller case"
     error = (got - reference64).abs()
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    assert error.max() <= tolerance, (
-        f"{name}: error {error.max():.3g} at {worst} exceeds the tolerance {tolerance:.3g}"
+    assert error.max() <= allowed, (
+        f"{name}: error {error.max():.3g} at {worst} exceeds the tolerance {allowed:.3g}"
     )
-    return float(error.max() / tolerance) if tolerance > 0 else 0.0
+    return float(error.max() / allowed) if allowed > 0 else 0.0
 
 
 def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:

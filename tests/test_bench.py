@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as suite
-from bench import compare, gpu, report, results, timing, tune
+from bench import compare, report, results, timing
 from bench.cases import DIRECTIONS, SHAPES, TABLES
 from bench.measure import Row, measure, work
 from bench.providers import AGAIN, FROZEN, PROVIDERS, Layer, Provider
-from lora_kernels.ops.lora_linear import reference
-from lora_kernels.ops.lora_linear.config import TileConfig, candidates
 from lora_kernels.testing import Case, Inputs, fp32
 
 ROOT = Path(__file__).parent.parent
@@ -394,58 +392,3 @@ def test_wrong_and_broken_providers_stand_in_the_tables(results_file: Path, tmp_
     cells = dict(zip(header.split("|"), line.split("|"), strict=True))
     assert cells[" eager "].strip() == "wrong"
     assert "| eager | wrong: y: error 7 |" in (tmp_path / "tables.md").read_text()
-
-
-def test_tuning_prints_a_table_and_leaves_out_what_is_wrong(monkeypatch: Any, capsys: Any) -> None:
-    first, *_ = candidates(SMOKE.case.problem())
-
-    def forward(call: Any) -> tuple[Tensor, Tensor]:
-        y, p = reference.BACKEND.forward(call)
-        return (y * 2 if tune.triton.pick() == first else y), p
-
-    monkeypatch.setattr(tune.triton, "BACKEND", reference.BACKEND._replace(forward=forward))
-    monkeypatch.setattr(tune.triton, "pick", tune.pick)
-    assert tune.main(["--table", "smoke", "--seconds", "0.01"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert f"    # {first} wrong: y of" in "\n".join(lines)
-    table = eval("\n".join(lines).partition("= ")[2], {"TileConfig": TileConfig})
-    assert set(table) == {
-        (None, 24, 48, 32, 4, itemsize, backward)
-        for itemsize in (2, 4)
-        for backward in (False, True)
-    }
-    assert first not in table.values()
-    monkeypatch.setattr(tune.triton, "pick", tune.pick)
-    tune.main(["--table", "smoke", "--budget", "-1"])
-    assert "# no time left from smoke" in capsys.readouterr().out
-
-
-def test_a_campaign_survives_what_fails_and_keeps_its_limits(tmp_path: Path) -> None:
-    def script(code: str) -> list[str]:
-        return [sys.executable, "-c", code]
-
-    with (tmp_path / "log").open("w") as log:
-        assert gpu.run(gpu.Stage("x", script("print('right')"), 20), 20, log) == "ok"
-        assert gpu.run(gpu.Stage("x", script("raise SystemExit(3)"), 20), 20, log) == (
-            "failed with status 3"
-        )
-        start = time.monotonic()
-        forever = "import subprocess; subprocess.run(['sleep', '60'])"
-        stopped = gpu.run(gpu.Stage("x", script(forever), 1), 20, log)
-        assert stopped == "out of time: stopped after 1 s"
-        assert time.monotonic() - start < 10
-        assert gpu.run(gpu.Stage("x", script("1"), 20), 0, log) == "out of time: not started"
-        assert gpu.run(gpu.Stage("x", script("1"), 20, "no nvcc"), 20, log) == "skipped: no nvcc"
-    assert "right" in (tmp_path / "log").read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the GPU tests within the tests")
-def test_a_campaign_without_a_gpu_says_what_it_skips(tmp_path: Path) -> None:
-    assert gpu.main([str(tmp_path), "--quick"]) == 0
-    log = (tmp_path / "campaign.log").read_text()
-    assert "lora_kernels" in log
-    assert "tests" in log.splitlines()[-1]
-    assert "skipped: there is no CUDA device" in log.splitlines()[-1]
-    assert sum(stage.limit_s for stage in gpu.stages(tmp_path, quick=True)) <= 240
-    assert gpu.TOTAL_S < 9 * 60
-    assert gpu.QUICK_S < 2 * 60

@@ -1,0 +1,238 @@
+"""The GPU campaign, without a GPU: it names what is wrong, what hangs and what crashes, in time."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mutants import from_block, returned
+from scripts import CRASHES, HANGS, RIGHT, WRONG, script
+
+from bench import forced, gpu, ladder, process, watch
+from lora_kernels.ops.lora_linear import reference, triton
+from lora_kernels.ops.lora_linear.problem import Problem
+
+CPU = torch.device("cpu")
+
+
+# --- One process ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "limit_s", "outcome"),
+    [
+        (RIGHT, 60, "ok"),
+        ("raise SystemExit(3)", 60, "failed with status 3"),
+        (CRASHES, 60, "crashed: SIGABRT"),
+        (HANGS, 1, "hung: stopped after 1 s"),
+        # What it leaves behind holds its output open.
+        ("import subprocess; subprocess.Popen(['sleep', '100'])", 60, "ok"),
+        ("import signal, time; signal.signal(signal.SIGTERM, lambda *_: 0); time.sleep(100)", 1,
+         "hung: stopped after 1 s"),
+    ],
+)  # fmt: skip
+def test_a_process_ends_in_time_and_says_how(code: str, limit_s: float, outcome: str) -> None:
+    start = time.monotonic()
+    lines: list[str] = []
+    assert process.run(script(code), limit_s, lines.append) == outcome
+    assert time.monotonic() - start < 20
+    assert lines == ["fine"] or code != RIGHT
+
+
+# --- Tests with a time limit ----------------------------------------------------------------------
+
+SUITE = """
+import os, time
+import pytest
+
+def test_right(): pass
+def test_hangs(): time.sleep(100)
+def test_after_the_hang(): pass
+def test_wrong(): assert 1 == 2, "one is not two"
+def test_crashes(): os.abort()
+def test_after_the_crash(): pass
+@pytest.mark.skip
+def test_skipped(): pass
+def test_exits(): os._exit(0)
+@pytest.fixture
+def broken(): raise ValueError("no fixture")
+def test_broken(broken): pass
+"""
+
+
+def test_a_hang_has_a_name_and_the_rest_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    start = time.monotonic()
+    command = ["--limit", "2", "--jobs", "2", str(tmp_path), "--rootdir", str(tmp_path)]
+    assert watch.main(command) == 1
+    assert time.monotonic() - start < 90
+    printed = capsys.readouterr().out
+    last = printed.splitlines()
+    assert last[-1] == "3 passed, 2 failed, 1 skipped, 3 lost"
+    assert set(last[-6:-1]) == {
+        "failed: test_suite.py::test_wrong",
+        "failed: test_suite.py::test_broken",
+        "hung: more than 2 s: test_suite.py::test_hangs",
+        "crashed: SIGABRT: test_suite.py::test_crashes",
+        "crashed: it ended its process: test_suite.py::test_exits",
+    }
+    assert "Timeout (0:00:02)!" in printed  # and where it hung
+    assert "in test_hangs" in printed
+    assert "one is not two" in printed
+
+
+def test_tests_end_with_their_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    command = ["--limit", "60", "--budget", "8", "--jobs", "1", str(tmp_path)]
+    start = time.monotonic()
+    assert watch.main([*command, "--rootdir", str(tmp_path)]) == 1
+    assert time.monotonic() - start < 30
+    assert "out of time: test_suite.py::test_hangs" in capsys.readouterr().out
+
+
+def test_a_suite_that_cannot_run_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert watch.main(["--jobs", "1", str(tmp_path / "nowhere")]) == 1
+    assert "pytest itself" in capsys.readouterr().out
+
+
+def test_a_lost_context_ends_the_process_but_not_the_tests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An illegal address leaves nothing usable in its process; here torch.cuda is played."""
+    (tmp_path / "test_suite.py").write_text(
+        "import torch\n"
+        "lost = []\n"
+        "def synchronize():\n"
+        "    if lost: raise RuntimeError('an illegal memory access was encountered')\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "torch.cuda.synchronize = synchronize\n"
+        "def test_breaks(): lost.append(1); assert False\n"
+        "def test_next(): assert not lost\n"
+    )
+    assert watch.main(["--jobs", "1", str(tmp_path), "--rootdir", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "1 passed, 1 failed, 0 skipped, 0 lost"
+    assert "the CUDA context is lost" in printed
+
+
+# --- The campaign ---------------------------------------------------------------------------------
+
+
+def campaign(stages: list[gpu.Stage], total_s: float = 60) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    status = gpu.campaign(stages, total_s, lines.append)
+    return status, lines[-1].strip().splitlines()
+
+
+def test_a_campaign_goes_on_and_ends_with_a_table() -> None:
+    start = time.monotonic()
+    status, table = campaign(
+        [
+            gpu.Stage("right", script(RIGHT), 60),
+            gpu.Stage("wrong", script(WRONG), 60),
+            gpu.Stage("hangs", script(HANGS), 1),
+            gpu.Stage("crashes", script(CRASHES), 60),
+            gpu.Stage("absent", script(RIGHT), 60, "no nvcc"),
+            gpu.Stage("nowhere", ["/nowhere"], 60),
+            gpu.Stage("last", script("print('{budget}')"), 60),
+        ]
+    )
+    assert status == 1
+    assert time.monotonic() - start < 30
+    assert [line.split(" s  ")[1] for line in table] == [
+        "ok",
+        f"failed with status {ladder.WRONG}",
+        "hung: stopped after 1 s",
+        "crashed: SIGABRT",
+        "skipped: no nvcc",
+        "failed: [Errno 2] No such file or directory: '/nowhere'",
+        "ok",
+    ]
+
+
+def test_a_campaign_keeps_its_total_where_everything_hangs() -> None:
+    start = time.monotonic()
+    status, table = campaign([gpu.Stage(str(i), script(HANGS), 3) for i in range(9)], total_s=4)
+    assert time.monotonic() - start < 20
+    assert status == 1
+    assert len(table) == 9
+    assert all("hung: stopped" in line for line in table[:2])
+    assert all("out of time: not started" in line for line in table[3:])
+
+
+@pytest.mark.parametrize(("informs", "status"), [(True, 0), (False, 1)])
+def test_a_stage_that_informs_does_not_gate(informs: bool, status: int) -> None:
+    stage = gpu.Stage("racecheck", script("raise SystemExit(9)"), 60, informs=informs)
+    got, (line,) = campaign([stage])
+    assert got == status
+    assert "failed with status 9" in line
+    assert ("does not gate" in line) == informs
+
+
+def test_the_stages_find_the_mechanism_first_and_memcheck_gates() -> None:
+    stages = gpu.stages(Path("out"), quick=False)
+    names = [stage.name for stage in stages]
+    assert names[:5] == ["info", "build", "ladder", "tests", "memcheck"]
+    assert {stage.name for stage in stages if stage.informs} == {
+        "racecheck", "synccheck", "initcheck",
+    }  # fmt: skip
+    assert gpu.stages(Path("out"), quick=True) == stages[:4]
+    before = sum(stage.limit_s for stage in stages[:5])
+    assert gpu.TOTAL_S - before > 2 * gpu.REPORT_S, "the benchmarks must always get a time"
+    assert gpu.QUICK_S < 4 * 60
+    assert gpu.TOTAL_S + 2 * process.GRACE_S <= 9 * 60
+
+
+def test_the_small_set_has_big_tiles_and_more_items_than_ctas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def run_backend(backend, case, inputs):  # type: ignore[no-untyped-def]
+        config = triton.pick(case.problem("cuda", 90))
+        seen.append((case, config, triton._ctas(10**6, config, CPU)))
+        raise AssertionError("noted")
+
+    played = reference.BACKEND._replace(name="triton")
+    monkeypatch.setattr(gpu, "BACKENDS", (played,))
+    monkeypatch.setattr(gpu, "run_backend", run_backend)
+    monkeypatch.setattr(gpu, "problem", lambda case, device: case.problem("cuda", 90))
+    assert not any(gpu.check_small_set(CPU))
+    sixteen = forced.tiles(Problem(300, 512, 512, 16))
+    for case in gpu.SMALL_SET[:2]:
+        tiles = {(c.bm, c.bn) for done, c, ctas in seen if done == case}
+        assert tiles == {(c.bm, c.bn) for c in sixteen}
+    assert {ctas for _, _, ctas in seen} == {forced.FEW_CTAS}
+    # Two CTAs of every cluster, 66 clusters on an H100, tiles of 256 x 256 for a cluster.
+    m, n, k = gpu.MANY_ITEMS[:3]
+    assert min(-(-m // 256) * -(-n // 256), -(-m // 256) * -(-k // 256)) > 66
+
+
+def test_the_small_set_passes_on_what_is_right_and_not_on_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for change, right in (
+        (lambda b: b, True),
+        (returned("dx", from_block(128, 0)), False),
+    ):
+        backend = change(reference.BACKEND._replace(name="cuda"))
+        monkeypatch.setattr(gpu, "BACKENDS", (backend,))
+        monkeypatch.setattr(gpu, "MANY_ITEMS", gpu.SMALL_SET[0])
+        assert all(gpu.check_small_set(CPU)) == right
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the GPU tests within the tests")
+def test_a_campaign_without_a_gpu_says_what_it_skips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.main([str(tmp_path), "--quick"]) == 0
+    log = (tmp_path / "campaign.log").read_text()
+    assert "lora_kernels" in log
+    table = log.strip().splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["info", "build", "ladder", "tests"]
+    assert all("skipped: there is no CUDA device" in line for line in table[2:])

@@ -1,4 +1,4 @@
-"""Makes the Triton backend use a given tile and a given number of CTAs."""
+"""Makes the Triton backend use a given tile and few CTAs, as only large problems else would."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,9 +7,19 @@ from typing import Any
 from lora_kernels.ops.lora_linear import triton
 from lora_kernels.ops.lora_linear.config import TileConfig, candidates, fits
 from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.testing import Case, bf16, fp16, fp32
 
-# Of the smallest launch with a queue: every CTA takes several items.
-FEW_CTAS = 2
+FEW_CTAS = 2  # so that every CTA takes several items of a small case
+# For every tile: aligned, so that tensor cores, TMA and vectors are used, in each class of ranks;
+# and ragged against all tiles. The first matter most: a time limit cuts off the others.
+CASES = (
+    Case(300, 512, 512, 16, bf16, bias=True),
+    Case(300, 512, 512, 64, bf16, dropout_p=0.3),
+    Case(300, 512, 512, 8, bf16),
+    Case(300, 512, 512, 16, bf16, fp32, dropout_p=0.3),
+    Case(300, 264, 136, 24, fp16, bias=True, dropout_p=0.3),
+    Case(300, 131, 89, 5, bf16, bias=True),
+)
 
 
 @contextlib.contextmanager

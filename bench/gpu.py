@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.forced import FEW_CTAS, forced, tiles
+from bench.forced import CASES, FEW_CTAS, forced, tiles
 from bench.measure import attempt
 from bench.process import ROOT, run
 from bench.providers import problem
@@ -29,7 +29,6 @@ from lora_kernels.testing import (
     assert_accurate,
     bf16,
     expected,
-    fp32,
     fp64,
     make_inputs,
     run_backend,
@@ -37,15 +36,6 @@ from lora_kernels.testing import (
 
 TOTAL_S, QUICK_S = 530, 230
 REPORT_S = 30  # what a stage takes to print its own table once its budget is spent
-# Smallest last: what a sanitizer's time limit cuts off matters least. Sizes of 512 get tensor
-# cores, TMA and several items a CTA; the others are ragged against every tile.
-SMALL_SET = (
-    Case(300, 512, 512, 16, bf16, bias=True),
-    Case(300, 512, 512, 64, bf16, dropout_p=0.3),
-    Case(300, 512, 512, 8, bf16, fp32),
-    Case(300, 264, 136, 24, bf16, bias=True, dropout_p=0.3),
-    Case(67, 131, 89, 5, bf16, dropout_p=0.3),
-)
 # The CUDA backend has one tile and takes all SMs: more items than those, both ways.
 MANY_ITEMS = Case(2100, 2304, 2304, 16, bf16, bias=True)
 INFORMS = ("racecheck", "synccheck", "initcheck")  # they may misread what TMA writes
@@ -155,7 +145,7 @@ def check_small_set(device: torch.device) -> Iterator[bool]:
     for backend in BACKENDS:
         if backend.name == "reference":
             continue
-        for case in (MANY_ITEMS, *SMALL_SET) if backend.name == "cuda" else SMALL_SET:
+        for case in (MANY_ITEMS, *CASES) if backend.name == "cuda" else CASES:
             facts = problem(case, device)
             if reason := backend.why_not(facts):
                 print(f"{backend.name}: {case}: skipped: {reason}", flush=True)

@@ -203,7 +203,7 @@ def test_the_small_set_has_big_tiles_and_more_items_than_ctas(
     monkeypatch.setattr(gpu, "problem", lambda case, device: case.problem("cuda", 90))
     assert not any(gpu.check_small_set(CPU))
     sixteen = forced.tiles(Problem(300, 512, 512, 16))
-    for case in gpu.SMALL_SET[:2]:
+    for case in forced.CASES:
         tiles = {(c.bm, c.bn) for done, c, ctas in seen if done == case}
         assert tiles == {(c.bm, c.bn) for c in sixteen}
     assert {ctas for _, _, ctas in seen} == {forced.FEW_CTAS}
@@ -221,7 +221,7 @@ def test_the_small_set_passes_on_what_is_right_and_not_on_what_is_wrong(
     ):
         backend = change(reference.BACKEND._replace(name="cuda"))
         monkeypatch.setattr(gpu, "BACKENDS", (backend,))
-        monkeypatch.setattr(gpu, "MANY_ITEMS", gpu.SMALL_SET[0])
+        monkeypatch.setattr(gpu, "MANY_ITEMS", forced.CASES[0])
         assert all(gpu.check_small_set(CPU)) == right
 
 

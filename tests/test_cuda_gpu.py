@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_cuda_emulated import CASES as SMALL
 
+from bench.forced import CASES as FORCED
+from bench.gpu import MANY_ITEMS
 from lora_kernels.ops.lora_linear import Problem, cuda, reference
 from lora_kernels.ops.lora_linear.operands import Forward
 from lora_kernels.testing import (
@@ -48,8 +50,10 @@ def same(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("case", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("case", [*SMALL, *FORCED, *LARGE, MANY_ITEMS, BUSY], ids=str)
 def test_numbers(case: Case) -> None:
+    if reason := cuda.why_not(case.problem("cuda", 90)):
+        pytest.skip(reason)
     check_backend(cuda.BACKEND, case, "cuda")
 
 

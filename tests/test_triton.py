@@ -1,4 +1,4 @@
-"""The Triton backend: its numbers, its compiled code for every GPU, its workspace; and on a GPU."""
+"""The Triton backend: its numbers, its compiled code for every GPU, its workspace."""
 
 import itertools
 import json
@@ -17,7 +17,6 @@ from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.config import SHARED_KIB, TileConfig, candidates, fits, pick
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.testing import CASES, Case, check_backend, make_inputs, run_backend
 
 HERE = Path(__file__).parent
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -278,75 +277,3 @@ def test_a_chunk_outlives_its_last_visible_slice(gpu: Gpu) -> None:
     assert gpu.zeroed == 2
     held = [c.untyped_storage() for c in workspace._chunks[device]]
     assert any(s.data_ptr() <= captured.start < s.data_ptr() + s.nbytes() for s in held)
-
-
-# --- On a GPU -------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_case_on_the_gpu(case: Case) -> None:
-    check_backend(backend.BACKEND, case, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_repeats_are_bitwise_equal_on_two_streams_and_few_ctas(
-    dropout_p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case(1000, 1024, 768, 24, bf16, dropout_p=dropout_p)
-    runs = [Run(case, seed) for seed in (0, 1)]
-    right = [run() for run in runs]
-    streams = [torch.cuda.Stream() for _ in runs]
-    for ctas in (None, 1, 3):
-        if ctas:
-            monkeypatch.setattr(backend, "_ctas", lambda *_, ctas=ctas: ctas)
-        for _ in range(1000 if ctas is None else 20):
-            got = []
-            for run, stream in zip(runs, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    got += run()
-            torch.cuda.synchronize()
-            assert all(map(torch.equal, got, itertools.chain(*right)))
-
-
-@pytest.mark.gpu
-def test_two_graphs_of_one_layer_replay_at_once() -> None:
-    run = Run(Case(1000, 1024, 768, 24, bf16), 0)
-    right = run()
-    graphs, results = [], []
-    for _ in range(2):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            results.append(run())
-    streams = [torch.cuda.Stream() for _ in graphs]
-    torch.cuda.synchronize()
-    for _ in range(200):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        run()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for got in results for a, b in zip(got, right, strict=True))
-
-
-@pytest.mark.gpu
-def test_one_kernel_per_direction_and_no_memset() -> None:
-    run = Run(Case(1000, 1024, 768, 24, bf16, bias=True), 0)
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert sorted(names) == ["lora_linear_backward", "lora_linear_forward"]
-
-
-class Run:
-    """One forward and backward on fixed inputs, giving y, dx, da and db."""
-
-    def __init__(self, case: Case, seed: int) -> None:
-        self.case, self.inputs = case, make_inputs(case, "cuda", seed)
-
-    def __call__(self) -> tuple[torch.Tensor, ...]:
-        y, _, *gradients = run_backend(backend.BACKEND, self.case, self.inputs)
-        return (y, *gradients)  # type: ignore[arg-type]

@@ -18,8 +18,7 @@ from bench.results import RESULTS, Results, load, newest
 ROOT = Path(__file__).parent.parent
 OURS = "lora_kernels"
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}
-_MARKED = r"(<!-- bench:{} -->\n).*?(<!-- /bench -->)"
-_WORDS = ("case", "layer", "provider", "reason")  # columns that are not numbers
+_WORDS = ("case", "layer", "provider", "reason", "backend", "N × K")  # columns that are not numbers
 _DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 Row = dict[str, Any]
 
@@ -62,9 +61,15 @@ def refresh(readme: Path, results: Path = RESULTS) -> None:
         if found is not None:
             link = found.path.parent.relative_to(results.parent.parent).as_posix()
             block = f"{summary(found)}\n\nEvery row, with plots: [{link}]({link}/tables.md)."
-        pattern = re.compile(_MARKED.format(marker), re.DOTALL)
-        text = pattern.sub(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
+        text = marked(text, f"bench:{marker}", block)
     readme.write_text(text)
+
+
+def marked(text: str, marker: str, block: str) -> str:
+    """Return `text` with `block` for what stands between `<!-- a:b -->`, the marker, and `/a`."""
+    end = f"<!-- /{marker.partition(':')[0]} -->"
+    pattern = re.compile(f"(<!-- {re.escape(marker)} -->\n).*?({re.escape(end)})", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{block}\n{match[2]}", text)
 
 
 def summary(results: Results) -> str:
@@ -76,7 +81,7 @@ def summary(results: Results) -> str:
     if steps := [row for row in results.rows if row["direction"] == "step"]:
         blocks += [
             "**One training step** of a decoder layer, forward, backward and AdamW:",
-            _table(
+            markdown(
                 ["layer", "provider", "ms", "× frozen", "peak MiB"],
                 (
                     (
@@ -110,7 +115,7 @@ def _ratios(results: Results, direction: str) -> str:
                 names.append(_column(row))
     columns = ["floor", *names]
     lines = ([case, *(line.get(c, "–") for c in columns)] for case, line in cells.items())
-    return _table(["case", *columns], lines) if cells else ""
+    return markdown(["case", *columns], lines) if cells else ""
 
 
 def _column(row: Row) -> str:
@@ -167,7 +172,7 @@ def _details(results: Results) -> Iterable[str]:
         ]
         noise = f"; same against same differs by {here[0]['noise']:.1%}" if here else ""
         yield f"## {case}, {_DIRECTIONS.get(direction, direction)}{noise}"
-        yield _table(list(_COLUMNS), lines)
+        yield markdown(list(_COLUMNS), lines)
     reasons = dict.fromkeys(
         (row["provider"], row["reason"])
         for row in results.untimed
@@ -175,10 +180,11 @@ def _details(results: Results) -> Iterable[str]:
     )
     if reasons:
         yield "## Not measured"
-        yield _table(["provider", "reason"], reasons)
+        yield markdown(["provider", "reason"], reasons)
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; columns of numbers are aligned to the right."""
     rule = ["---" if name in _WORDS else "---:" for name in header]
     rows = [list(header), rule, *map(list, lines)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)

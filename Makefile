@@ -45,10 +45,10 @@ bench: $(READY)  ## Measure LoRA on this machine, against PEFT and plain PyTorch
 bench-compare: $(READY)  ## Fail if this tree is slower than BASE, a results file or a commit.
 	$(RUN) -m bench.compare $(BASE) $(NEW) $(if $(K),-k "$(K)")
 
-gpu:  ## On a GPU machine, offline: build, test, benchmark, sanitize; all of it goes to RESULTS.
+gpu:  ## On a GPU machine, offline: build, find what is broken, test, benchmark; all goes to RESULTS.
 	$(PYTHON) -m bench.gpu $(RESULTS)
 
-gpu-quick:  ## On a GPU machine, offline: build and test alone.
+gpu-quick:  ## On a GPU machine, offline: build, find what is broken and test, in four minutes.
 	$(PYTHON) -m bench.gpu $(RESULTS) --quick
 
 clean:  ## Remove what the commands above made.

@@ -34,18 +34,21 @@ from lora_kernels.testing import (
     run_backend,
 )
 
+Say = Callable[[str], None]
 TOTAL_S, QUICK_S = 530, 230
 REPORT_S = 30  # what a stage takes to print its own table once its budget is spent
 # The CUDA backend has one tile and takes all SMs: more items than those, both ways.
 MANY_ITEMS = Case(2100, 2304, 2304, 16, bf16, bias=True)
+UNSAFE = "unsafe.txt"  # the ladder's note in FOLDER
 INFORMS = ("racecheck", "synccheck", "initcheck")  # they may misread what TMA writes
 
 
 class Stage(NamedTuple):
     """A command with a time limit, and the reason to leave it out, if any.
 
-    `{budget}` in the command becomes the seconds it may plan with. `informs`: what it finds is
-    printed, and does not fail the campaign.
+    In the command, `{budget}` becomes the seconds it may plan with, and `{safe}` a selection
+    without the backends that hung in the ladder. `informs`: what it finds is printed, and does not
+    fail the campaign.
     """
 
     name: str
@@ -63,17 +66,19 @@ def stages(folder: Path, *, quick: bool) -> list[Stage]:
     if no_build is None and shutil.which("nvcc") is None:
         no_build = "nvcc is not installed"
     tests = [*python, "bench.watch", "--budget={budget}", "-m", "gpu", "tests"]
+    ladder = [*python, "bench.ladder", "--budget={budget}", f"--unsafe={folder / UNSAFE}"]
     first = [
         Stage("info", [*python, "lora_kernels.info"], 30),
         Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 60, no_build),
-        Stage("ladder", [*python, "bench.ladder", "--budget={budget}"], 120, no_gpu),
+        Stage("ladder", ladder, 120, no_gpu),
         Stage("tests", tests, 130, no_gpu),
     ]
     if quick:
         return first
     table = ["--table", "smoke"] if no_gpu else []  # enough to show that the stage works
     bench = [*python, "bench", "--out", str(folder), "--seconds=0.3", "--budget={budget}", *table]
-    bench += ["-k", "not compiled or llama8b.gate_up-m8192-r16"]  # compiling takes seconds a case
+    # Compiling takes seconds a case.
+    bench += ["-k", "(not compiled or llama8b.gate_up-m8192-r16){safe}"]
     no_sanitizer = None if shutil.which("compute-sanitizer") else "it is not installed"
     small = [*python, "bench.gpu", str(folder), "--small-set"]
     exact = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]  # every tensor is an allocation of its own
@@ -96,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(not all(list(check_small_set(torch.device("cuda")))))
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNSAFE).unlink(missing_ok=True)
     total_s = QUICK_S if options.quick else TOTAL_S
     with (folder / "campaign.log").open("w", buffering=1) as log:
 
@@ -103,16 +109,16 @@ def main(argv: list[str] | None = None) -> int:
             print(text, flush=True)
             print(text, file=log)
 
-        return campaign(stages(folder, quick=options.quick), total_s, say)
+        return campaign(stages(folder, quick=options.quick), total_s, say, folder)
 
 
-def campaign(todo: list[Stage], total_s: float, say: Callable[[str], None]) -> int:
+def campaign(todo: list[Stage], total_s: float, say: Say, folder: Path) -> int:
     """Run `todo` within `total_s`, print how each ended, and return 1 if one that gates failed."""
     deadline = time.monotonic() + total_s
     lines, failed = [], False
     for stage in todo:
         started = time.monotonic()
-        outcome = run_stage(stage, deadline - started, say)
+        outcome = run_stage(stage, deadline - started, say, folder)
         ended_well = outcome == "ok" or outcome.startswith("skipped")
         failed |= not ended_well and not stage.informs
         note = " (informs, does not gate)" if stage.informs and not ended_well else ""
@@ -121,7 +127,7 @@ def campaign(todo: list[Stage], total_s: float, say: Callable[[str], None]) -> i
     return int(failed)
 
 
-def run_stage(stage: Stage, left_s: float, say: Callable[[str], None]) -> str:
+def run_stage(stage: Stage, left_s: float, say: Say, folder: Path) -> str:
     """Run one stage, printing as it goes; return how it ended."""
     say(f"\n=== {stage.name}")
     if stage.skip is not None:
@@ -130,9 +136,14 @@ def run_stage(stage: Stage, left_s: float, say: Callable[[str], None]) -> str:
     limit_s = min(stage.limit_s, left_s)
     if limit_s <= 0:
         return "out of time: not started"
-    budget_s = max(limit_s - REPORT_S, 1)
+    unsafe = folder / UNSAFE
+    hung = unsafe.read_text().split() if unsafe.exists() else []
+    values = {
+        "budget": max(limit_s - REPORT_S, 1),
+        "safe": "".join(f" and not lora_kernels.{backend}" for backend in hung),
+    }
     try:
-        return run([word.format(budget=budget_s) for word in stage.command], limit_s, say)
+        return run([word.format(**values) for word in stage.command], limit_s, say)
     except OSError as error:
         return f"failed: {error}"
 

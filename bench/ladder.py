@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.forced import FEW_CTAS, forced, tiles
-from bench.process import run
+from bench.process import JOBS, run
 from bench.providers import problem
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import BACKENDS, workspace
@@ -37,6 +38,7 @@ from lora_kernels.testing import (
 )
 
 LIMIT_S = 30
+UNSAFE = ("hung", "crashed")  # a benchmark would not survive it
 ROWS, COLUMNS = 128, 64  # of a block in the map of errors: a CTA's rows, a panel's columns
 SHOWN = 16
 WRONG, SKIPPED = 3, 4  # exit statuses of a rung
@@ -248,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ladder", description=__doc__)
     parser.add_argument("-k", metavar="TEXT", default="", help="rungs whose name has this text")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all (default: 600)")
-    parser.add_argument("--jobs", type=int, default=4, help="rungs side by side (default: 4)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="rungs side by side")
+    parser.add_argument("--unsafe", type=Path, help="file to list the backends in that hung")
     parser.add_argument("--backend", help="run every rung on this backend instead of its own")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rung", type=int, help="run this one in this process")
@@ -257,17 +260,22 @@ def main(argv: list[str] | None = None) -> int:
     if options.rung is not None:
         return climb_one(rungs[options.rung], torch.device(options.device))
     chosen = [i for i, rung in enumerate(rungs) if options.k in str(rung)]
-    this = [sys.executable, "-W", "ignore", "-m", "bench.ladder", "--device", options.device]
-    this += ["--backend", options.backend] if options.backend else []
     names = [rungs[i] for i in chosen]
-    statuses = climb(
-        names, lambda i: [*this, "--rung", str(chosen[i])], options.budget, options.jobs
-    )
+    statuses = climb(names, lambda i: _command(chosen[i], options), options.budget, options.jobs)
     print("\nThe ladder, from one tile to everything:")
     for name, status in sorted(zip(map(str, names), statuses, strict=True), key=_by_backend):
         print(f"  {status:<28} {name}")
+    if options.unsafe is not None:
+        hung = {r.backend for r, s in zip(names, statuses, strict=True) if s.startswith(UNSAFE)}
+        options.unsafe.write_text("\n".join(sorted(hung)))
     print(", ".join(f"{count} {status}" for status, count in Counter(statuses).most_common()))
     return int(any(status not in ("ok", "-") for status in statuses))
+
+
+def _command(i: int, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-m", "bench.ladder", "--rung", str(i)]
+    command += ["--device", options.device]
+    return command + (["--backend", options.backend] if options.backend else [])
 
 
 def _by_backend(line: tuple[str, str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+JOBS = min(max((os.cpu_count() or 2) // 2, 2), 8)  # side by side: they compile more than they run
 GRACE_S = 5  # for a process that was killed: a driver may hold it until its kernel is gone
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.process import run
+from bench.process import JOBS, run
 
 LIMIT_S = 30
 STARTED, DONE, OVER = "started", "done", "over"
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.watch", description=__doc__)
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds a test (default: 30)")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all (default: 600)")
-    parser.add_argument("--jobs", type=int, default=4, help="processes side by side (default: 4)")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes side by side")
     options, arguments = parser.parse_known_args(argv)
     deadline = time.monotonic() + options.budget
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
@@ -61,7 +61,7 @@ def _work(
 ) -> list[str]:
     """Run a share of the tests in as many processes as it takes; return what was lost, and how."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary"]
-    command += ["-p", "bench.watch"]
+    command += ["--continue-on-collection-errors", "-p", "bench.watch"]
     command += [word for plugin in PLUGINS for word in ("-p", f"no:{plugin}")]
     command += [f"--journal={journal}", f"--share={share}", f"--limit={limit_s}", *arguments]
     lost: list[str] = []
@@ -141,11 +141,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[pytest.TestReport]:
     report = yield
     if report.when == "call" or report.outcome != PASSED:
-        _write(item.config.getoption("--journal"), report.outcome, item.nodeid)
-    if report.failed:  # now: this process may not live to print a summary
-        text = f"\n{FAILED}: {item.nodeid}\n{report.longreprtext}"
-        print(text, file=item.config.stash[_STDERR], flush=True)
+        _report(item.config, report)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.CollectReport]:
+    report = yield
+    if report.failed:
+        _report(collector.config, report)
+    return report
+
+
+def _report(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
+    _write(config.getoption("--journal"), report.outcome, report.nodeid)
+    if report.failed:  # now: this process may not live to print a summary
+        text = f"\n{FAILED}: {report.nodeid}\n{report.longreprtext}"
+        print(text, file=config.stash[_STDERR], flush=True)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -83,6 +83,16 @@ def test_a_hang_has_a_name_and_the_rest_runs(
     assert "one is not two" in printed
 
 
+def test_a_file_that_does_not_import_is_named_and_the_rest_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_broken.py").write_text("import not_installed_here\n")
+    (tmp_path / "test_right.py").write_text("def test_right(): pass\n")
+    assert watch.main(["--jobs", "1", str(tmp_path), "--rootdir", str(tmp_path)]) == 1
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last == ["failed: test_broken.py", "1 passed, 1 failed, 0 skipped, 0 lost"]
+
+
 def test_tests_end_with_their_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     command = ["--limit", "60", "--budget", "8", "--jobs", "1", str(tmp_path)]
@@ -122,9 +132,14 @@ def test_a_lost_context_ends_the_process_but_not_the_tests(
 # --- The campaign ---------------------------------------------------------------------------------
 
 
-def campaign(stages: list[gpu.Stage], total_s: float = 60) -> tuple[int, list[str]]:
+NOWHERE = Path("nowhere")
+
+
+def campaign(
+    stages: list[gpu.Stage], total_s: float = 60, folder: Path = NOWHERE
+) -> tuple[int, list[str]]:
     lines: list[str] = []
-    status = gpu.campaign(stages, total_s, lines.append)
+    status = gpu.campaign(stages, total_s, lines.append, folder)
     return status, lines[-1].strip().splitlines()
 
 
@@ -171,6 +186,26 @@ def test_a_stage_that_informs_does_not_gate(informs: bool, status: int) -> None:
     assert got == status
     assert "failed with status 9" in line
     assert ("does not gate" in line) == informs
+
+
+def test_a_backend_that_hung_is_not_benchmarked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [RIGHT, CRASHES, RIGHT]
+    rungs = tuple(ladder.RUNGS[i]._replace(backend=name) for i, name in enumerate("aba"))
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
+    monkeypatch.setattr(ladder, "_command", lambda i, options: script(codes[i]))
+    note = tmp_path / gpu.UNSAFE
+    assert ladder.main([f"--unsafe={note}"]) == 1
+    assert note.read_text() == "b"
+    lines: list[str] = []
+    stage = gpu.Stage("bench", script("print('(all){safe}')"), 60)
+    assert gpu.run_stage(stage, 60, lines.append, tmp_path) == "ok"
+    assert lines[-1] == "(all) and not lora_kernels.b"
+    assert gpu.run_stage(stage, 60, lines.append, NOWHERE) == "ok"
+    assert lines[-1] == "(all)"
+    (bench,) = (stage for stage in gpu.stages(tmp_path, quick=False) if stage.name == "bench")
+    assert any(word.endswith("){safe}") for word in bench.command)
 
 
 def test_the_stages_find_the_mechanism_first_and_memcheck_gates() -> None:

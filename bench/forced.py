@@ -1,7 +1,8 @@
 """Makes the Triton backend use a given tile and few CTAs, as only large problems else would."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lora_kernels.ops.lora_linear import triton
@@ -27,9 +28,9 @@ def forced(config: TileConfig | None = None, ctas: int | None = None) -> Iterato
     """Use `config` and `ctas` for every launch inside; None leaves the backend its choice."""
     replaced: dict[str, Any] = {}
     if config is not None:
-        replaced["pick"] = lambda *_, **__: config
+        replaced["pick"] = _always(config)
     if ctas is not None:
-        replaced["_ctas"] = lambda items, *_: min(items, ctas)
+        replaced["_ctas"] = _at_most(ctas)
     kept = {name: getattr(triton, name) for name in replaced}
     for name, function in replaced.items():
         setattr(triton, name, function)
@@ -38,6 +39,17 @@ def forced(config: TileConfig | None = None, ctas: int | None = None) -> Iterato
     finally:
         for name, function in kept.items():
             setattr(triton, name, function)
+
+
+# One function for one choice: the backend may keep plans by the functions that made them.
+@functools.cache
+def _always(config: TileConfig) -> Callable[..., TileConfig]:
+    return lambda *_, **__: config
+
+
+@functools.cache
+def _at_most(ctas: int) -> Callable[..., int]:
+    return lambda items, *_: min(items, ctas)
 
 
 def tiles(problem: Problem) -> list[TileConfig]:

@@ -8,8 +8,10 @@ and plots.
 """
 
 import argparse
+import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 
 from bench.forced import CASES, FEW_CTAS, forced, tiles
 from bench.measure import attempt
-from bench.process import ROOT, run
+from bench.process import run
 from bench.providers import problem
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import BACKENDS
@@ -62,14 +64,14 @@ def stages(folder: Path, *, quick: bool) -> list[Stage]:
     """List the stages, and why this machine cannot run some."""
     python = [sys.executable, "-m"]
     no_gpu = None if torch.cuda.is_available() else "there is no CUDA device"
-    no_build = None if (ROOT / "csrc").exists() else "this version has no csrc"
-    if no_build is None and shutil.which("nvcc") is None:
-        no_build = "nvcc is not installed"
+    places = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
+    missing = [tool for tool in ("nvcc", "ninja") if shutil.which(tool, path=places) is None]
+    no_build = f"{missing[0]} is not installed" if missing else None
     tests = [*python, "bench.watch", "--budget={budget}", "-m", "gpu", "tests"]
     ladder = [*python, "bench.ladder", "--budget={budget}", f"--unsafe={folder / UNSAFE}"]
     first = [
         Stage("info", [*python, "lora_kernels.info"], 30),
-        Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 60, no_build),
+        Stage("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 100, no_build),
         Stage("ladder", ladder, 120, no_gpu),
         Stage("tests", tests, 130, no_gpu),
     ]

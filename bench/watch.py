@@ -66,10 +66,9 @@ def _work(
     command += [f"--journal={journal}", f"--share={share}", f"--limit={limit_s}", *arguments]
     lost: list[str] = []
     while (left_s := deadline - time.monotonic()) > 0:
-        known = len(_read(journal))
+        known = _begun(journal)
         outcome = run(command, left_s, print)
-        events = _read(journal)
-        begun = [(name, at) for kind, name, at in events if kind == STARTED]
+        begun, events = _begun(journal), _read(journal)
         ended = {name for kind, name, _ in events if kind == DONE}
         if begun and begun[-1][0] not in ended:
             name, at = begun[-1]
@@ -83,7 +82,7 @@ def _work(
             _write(journal, DONE, name)
         elif events and events[-1][0] == OVER:
             return lost
-        elif len(events) == known:
+        elif begun == known:
             return [*lost, f"{outcome}: pytest itself"]
     return [*lost, f"out of time: share {share}, with tests that were not started"]
 
@@ -92,6 +91,10 @@ def _read(journal: Path) -> list[tuple[str, str, float]]:
     if not journal.exists():
         return []
     return [tuple(json.loads(line)) for line in journal.read_text().splitlines()]
+
+
+def _begun(journal: Path) -> list[tuple[str, float]]:
+    return [(name, at) for kind, name, at in _read(journal) if kind == STARTED]
 
 
 def _write(journal: Path, kind: str, name: str) -> None:

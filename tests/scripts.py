@@ -5,7 +5,8 @@ import sys
 from bench import ladder
 
 RIGHT, WRONG = "print('fine')", f"print('y is wrong'); raise SystemExit({ladder.WRONG})"
-HANGS = "import subprocess; subprocess.run(['sleep', '100'])"  # in a child, as a compiler would
+# In a child, as a compiler would; the number is that child's.
+HANGS = "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid); p.wait()"
 CRASHES = "import os; os.abort()"
 
 

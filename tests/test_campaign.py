@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
         (CRASHES, 60, "crashed: SIGABRT"),
         (HANGS, 1, "hung: stopped after 1 s"),
         # What it leaves behind holds its output open.
-        ("import subprocess; subprocess.Popen(['sleep', '100'])", 60, "ok"),
+        ("import subprocess; print(subprocess.Popen(['sleep', '100']).pid)", 60, "ok"),
         ("import signal, time; signal.signal(signal.SIGTERM, lambda *_: 0); time.sleep(100)", 1,
          "hung: stopped after 1 s"),
     ],
@@ -36,7 +36,21 @@ def test_a_process_ends_in_time_and_says_how(code: str, limit_s: float, outcome:
     lines: list[str] = []
     assert process.run(script(code), limit_s, lines.append) == outcome
     assert time.monotonic() - start < 20
-    assert lines == ["fine"] or code != RIGHT
+    if code == RIGHT:
+        assert lines == ["fine"]
+    assert not any(map(alive, map(int, filter(str.isdigit, lines)))), "a child lives on"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; a dying one has a second to go."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 # --- Tests with a time limit ----------------------------------------------------------------------
@@ -264,7 +278,7 @@ def test_the_small_set_passes_on_what_is_right_and_not_on_what_is_wrong(
 def test_a_campaign_without_a_gpu_says_what_it_skips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     assert gpu.main([str(tmp_path), "--quick"]) == 0
     log = (tmp_path / "campaign.log").read_text()
     assert "lora_kernels" in log

@@ -57,9 +57,9 @@ def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterato
     right = []
     for config in tiles(facts):
         with forced(config, FEW_CTAS):
-            failed = attempt(check_backend, triton.BACKEND, gated, device)
-        if failed:
-            yield f"# {config} {failed}"
+            verdict = attempt(check_backend, triton.BACKEND, gated, device)
+        if isinstance(verdict, str):
+            yield f"# {config} {verdict}"
         else:
             right.append(config)
     if not right:

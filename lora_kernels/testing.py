@@ -168,10 +168,10 @@ def tolerance(dtype: torch.dtype, reference64: Tensor, eager: Tensor) -> Tensor:
 
     eps is that of eager's dtype; a float64 result gets 1e-12 of `max|ref64|`.
     """
-    magnitude = reference64.abs().max()
+    magnitude = reference64.detach().abs().max()
     if dtype == fp64:
         return 1e-12 * magnitude
-    eager_error = (eager.detach().to("cpu", fp64) - reference64).abs().max()
+    eager_error = (eager.detach().to("cpu", fp64) - reference64.detach()).abs().max()
     return 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
 
 
@@ -202,7 +202,7 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
     assert eager.shape == actual.shape, f"{name}: eager has shape {tuple(eager.shape)}"
     allowed = tolerance(actual.dtype, reference64, eager)
     assert allowed.isfinite(), f"{name}: eager itself overflows; choose a smaller case"
-    error = (got - reference64).abs()
+    error = (got - reference64.detach()).abs()
     worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.max() <= allowed, (
         f"{name}: error {error.max():.3g} at {worst} exceeds the tolerance {allowed:.3g}"

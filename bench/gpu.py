@@ -1,10 +1,10 @@
 """`python -m bench.gpu FOLDER [--quick]`: all that a GPU machine can say, in one bounded command.
 
 Needs no network. Stages: what is there, build the extension, the ladder that finds a broken
-mechanism, the GPU tests, memcheck on a small set, the benchmarks behind the README, the other
-sanitizers. Each has a time limit, prints as it goes, and leaves the next to run if it fails; the
-table at the end is printed whatever happened. FOLDER gets campaign.log, the results file, tables
-and plots.
+mechanism, the GPU tests, memcheck on a small set, the benchmarks behind the README, a
+qualification, the other sanitizers. Each has a time limit, prints as it goes, and leaves the next to run if it fails; the
+table at the end is printed whatever happened. FOLDER gets campaign.log, the results file, tables,
+plots and the record.
 """
 
 import argparse
@@ -89,7 +89,16 @@ def stages(folder: Path, *, quick: bool) -> list[Stage]:
         command = [*exact, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *small]
         return Stage(tool, command, 50, no_gpu or no_sanitizer, informs=tool in INFORMS)
 
-    return [*first, sanitizer("memcheck"), Stage("bench", bench, 200), *map(sanitizer, INFORMS)]
+    # Its record is what "auto" would obey here; kept with the results, it can be sent back.
+    qualify = ["env", f"LORA_KERNELS_CACHE={folder / 'records'}", *python, "lora_kernels.qualify"]
+    qualify += ["--model", "llama-3.1-8b", "--tokens", "1", "8192", "--budget={budget}"]
+    return [
+        *first,
+        sanitizer("memcheck"),
+        Stage("bench", bench, 200),
+        Stage("qualify", qualify, 90, no_gpu),
+        *map(sanitizer, INFORMS),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

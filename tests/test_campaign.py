@@ -11,6 +11,7 @@ from scripts import CRASHES, HANGS, RIGHT, WRONG, script
 from bench import forced, gpu, ladder, process, watch
 from lora_kernels.ops.lora_linear import reference, triton
 from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.qualify import __main__ as qualify
 
 CPU = torch.device("cpu")
 
@@ -230,6 +231,11 @@ def test_the_stages_find_the_mechanism_first_and_memcheck_gates() -> None:
         "racecheck", "synccheck", "initcheck",
     }  # fmt: skip
     assert gpu.stages(Path("out"), quick=True) == stages[:4]
+    (qualification,) = (stage for stage in stages if stage.name == "qualify")
+    at = qualification.command.index("lora_kernels.qualify") + 1
+    words = [word.format(budget=60) for word in qualification.command[at:]]
+    assert qualify._parser().parse_args(words).budget == 60
+    assert "LORA_KERNELS_CACHE=out/records" in qualification.command
     before = sum(stage.limit_s for stage in stages[:5])
     assert gpu.TOTAL_S - before > 2 * gpu.REPORT_S, "the benchmarks must always get a time"
     assert gpu.QUICK_S < 4 * 60

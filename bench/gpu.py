@@ -2,9 +2,9 @@
 
 Needs no network. Stages: what is there, build the extension, the ladder that finds a broken
 mechanism, the GPU tests, memcheck on a small set, the benchmarks behind the README, a
-qualification, the other sanitizers. Each has a time limit, prints as it goes, and leaves the next to run if it fails; the
-table at the end is printed whatever happened. FOLDER gets campaign.log, the results file, tables,
-plots and the record.
+qualification, the other sanitizers. Each has a time limit, prints as it goes, and leaves the next
+to run if it fails; the table at the end is printed whatever happened. FOLDER gets campaign.log, the
+results file, tables, plots and the record.
 """
 
 import argparse

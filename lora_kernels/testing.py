@@ -3,11 +3,12 @@
 `check_backend(backend, case)` runs a backend's forward and backward on poisoned memory and compares
 y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one that
 writes zeros, skips a block, drops the scaling, truncates the rank or shifts the dropout mask.
+`audit(model, step)` judges every LoRA layer of a whole model the same way, whoever wrote it.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
+
+if TYPE_CHECKING:
+    from lora_kernels.audit import audit as audit
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -327,3 +331,12 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def __getattr__(name: str) -> Any:
+    """Import `audit` when it is asked for: it is built on this module."""
+    if name == "audit":
+        from lora_kernels.audit import audit
+
+        return audit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 OP = "lora_kernels.ops.lora_linear"
 QUALIFY = "lora_kernels.qualify"
 BACKENDS = {f"{OP}.reference", f"{OP}.triton", f"{OP}.cuda"}
+UNITS = {*BACKENDS, "lora_kernels.audit"}  # a folder counts as one module
 
 # Each layer may import the ones below it; data flows one way.
 LAYERS = (
@@ -24,6 +25,7 @@ LAYERS = (
     {f"{QUALIFY}.checks"},
     {f"{QUALIFY}.timing"},
     {"lora_kernels"},
+    {"lora_kernels.audit"},
     {"lora_kernels.layers", "lora_kernels.peft", "lora_kernels.testing"},
     {OP},
     {f"{OP}.op"},
@@ -40,6 +42,7 @@ LAYERS = (
 # Names of one layer that may know one another, the reader first.
 BESIDE = {
     ("lora_kernels.peft", "lora_kernels.layers"),
+    ("lora_kernels.testing", "lora_kernels.audit"),  # which it offers by its own name
     (f"{OP}.config", f"{OP}.problem"),
     (f"{OP}.schedule", f"{OP}.problem"),
     (f"{OP}.config", f"{OP}.schedule"),
@@ -70,8 +73,7 @@ def imports(path: Path) -> set[str]:
 
 
 def unit(module: str) -> str:
-    """A backend that is a folder counts as one module."""
-    return next((b for b in BACKENDS if module == b or module.startswith(b + ".")), module)
+    return next((u for u in UNITS if module == u or module.startswith(u + ".")), module)
 
 
 def layer(module: str) -> int | None:

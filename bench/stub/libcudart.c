@@ -1,0 +1,98 @@
+// A CUDA runtime on the stub driver: the functions that the CUDA extension calls, and no more.
+#include <cuda_runtime_api.h>
+#include <stdlib.h>
+
+#include "record.h"
+
+extern int stub_multiprocessors;
+
+// Of the one parameter of a kernel, a struct by value: a host object does not tell its size.
+uint32_t stub_struct_bytes;
+
+enum { kKernels = 64 };
+static struct {
+  const void* host;
+  const char* name;
+} kernels[kKernels];
+static int kernel_count;
+
+// --- What nvcc's host code calls when the extension is loaded ------------------------------------
+
+void** __cudaRegisterFatBinary(void* image) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void** handle) {}
+void __cudaUnregisterFatBinary(void** handle) {}
+void __cudaRegisterFunction(void** handle, const char* host, char* device, const char* name,
+                            int limit, uint3* tid, uint3* bid, dim3* block, dim3* grid, int* warp) {
+  if (kernel_count == kKernels) abort();
+  kernels[kernel_count].host = host;
+  kernels[kernel_count++].name = name;
+}
+
+// The <<<...>>> syntax, which the extension does not use.
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
+  abort();
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  abort();
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) { abort(); }
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** parameters,
+                               size_t shared, cudaStream_t stream) {
+  abort();
+}
+
+// --- What the extension calls --------------------------------------------------------------------
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, int device) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorNotSupported;
+  *value = stub_multiprocessors;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, enum cudaFuncAttribute attribute,
+                                 int value) {
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult* found) {
+  extern int cuTensorMapEncodeTiled();
+  if (strcmp(symbol, "cuTensorMapEncodeTiled") != 0) return cudaErrorNotSupported;
+  *function = cuTensorMapEncodeTiled;
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t error) { return "refused by the stub runtime"; }
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                void** parameters) {
+  Launch* launch = stub_new_launch();
+  launch->function = (uint64_t)function;
+  for (int i = 0; i < kernel_count; ++i) {
+    if (kernels[i].host == function) {
+      strncpy(launch->kernel, kernels[i].name, sizeof launch->kernel - 1);
+    }
+  }
+  memcpy(launch->grid, &config->gridDim, sizeof launch->grid);
+  memcpy(launch->block, &config->blockDim, sizeof launch->block);
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      memcpy(launch->cluster, &config->attrs[i].val.clusterDim, sizeof launch->cluster);
+    }
+  }
+  launch->shared_bytes = config->dynamicSmemBytes;
+  launch->stream = (uint64_t)config->stream;
+  launch->parameter_bytes = stub_struct_bytes;
+  memcpy(launch->parameters, parameters[0], stub_struct_bytes);
+  return cudaSuccess;
+}

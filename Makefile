@@ -26,7 +26,7 @@ initialisation: $(READY)  ## Show on the same model why A starts random and B at
 
 test: $(READY) $(TRITON36)  ## Run every test this machine can run.
 	$(RUN) -m pytest -q -n 2
-	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 tests/test_triton.py
+	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 tests/test_triton.py tests/test_launch_plan.py
 
 lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .

@@ -34,6 +34,7 @@ LAYERS = (
     {
         *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),
         f"{OP}.workspace",
+        f"{OP}.device",
     },
     {f"{QUALIFY}.choose"},
     {f"{QUALIFY}.record"},

@@ -56,7 +56,7 @@ CASES = (
 def test_the_kernels_compute_what_they_should(case: Case, clusters: int, resident: int) -> None:
     with emulation(clusters, clusters, resident):
         check_backend(cuda.BACKEND, case)
-    words = workspace.reserve(1, torch.device("cpu"))
+    words = workspace.reserve(1, torch.device("cpu"), 0)
     assert not words.any(), "the workspace must be zero between launches"
 
 

@@ -230,7 +230,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
     cuda = SimpleNamespace(
         is_current_stream_capturing=lambda: gpu.capturing,
-        current_stream=lambda device: SimpleNamespace(cuda_stream=gpu.stream),
     )
     monkeypatch.setattr(workspace, "_zeroed", zeroed)
     monkeypatch.setattr(workspace, "_chunks", {})
@@ -245,22 +244,22 @@ def span(words: torch.Tensor) -> range:
 
 def test_a_stream_keeps_its_workspace_and_shares_it_with_no_other(gpu: Gpu) -> None:
     device = torch.device("cuda", 0)
-    first = workspace.reserve(67, device)
+    first = workspace.reserve(67, device, gpu.stream)
     assert first.numel() >= 67
-    assert span(workspace.reserve(60, device)) == span(first)
+    assert span(workspace.reserve(60, device, gpu.stream)) == span(first)
     gpu.stream = 1
-    other = workspace.reserve(67, device)
+    other = workspace.reserve(67, device, gpu.stream)
     assert not set(span(first)) & set(span(other))
     assert gpu.zeroed == 1
 
 
 def test_each_captured_launch_gets_a_workspace_of_its_own_for_ever(gpu: Gpu) -> None:
     device = torch.device("cuda", 0)
-    spans = [span(workspace.reserve(67, device))]
+    spans = [span(workspace.reserve(67, device, gpu.stream))]
     gpu.capturing = True
-    spans += [span(workspace.reserve(67, device)) for _ in range(1000)]
+    spans += [span(workspace.reserve(67, device, gpu.stream)) for _ in range(1000)]
     gpu.capturing = False
-    spans += [span(workspace.reserve(5000, device))]  # outgrows its slice
+    spans += [span(workspace.reserve(5000, device, gpu.stream))]  # outgrows its slice
     starts = sorted((s.start, s.stop) for s in spans)
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(starts))
     assert all(start % 128 == starts[0][0] % 128 for start, _ in starts)
@@ -269,11 +268,11 @@ def test_each_captured_launch_gets_a_workspace_of_its_own_for_ever(gpu: Gpu) -> 
 
 def test_a_chunk_outlives_its_last_visible_slice(gpu: Gpu) -> None:
     device = torch.device("cuda", 0)
-    workspace.reserve(8, device)
+    workspace.reserve(8, device, gpu.stream)
     gpu.capturing = True
-    captured = span(workspace.reserve(8, device))
+    captured = span(workspace.reserve(8, device, gpu.stream))
     gpu.capturing = False
-    workspace.reserve(workspace.CHUNK, device)  # a second chunk
+    workspace.reserve(workspace.CHUNK, device, gpu.stream)  # a second chunk
     assert gpu.zeroed == 2
     held = [c.untyped_storage() for c in workspace._chunks[device]]
     assert any(s.data_ptr() <= captured.start < s.data_ptr() + s.nbytes() for s in held)

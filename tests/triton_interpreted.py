@@ -37,7 +37,7 @@ RANKS = [
 @pytest.fixture(autouse=True)
 def bounded_spins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a wait in vain fail, not hang, and let no test see another's workspace."""
-    monkeypatch.setenv("LORA_KERNELS_DEBUG", "1")
+    monkeypatch.setattr(backend, "DEBUG", True)
     workspace._by_stream.clear()
     workspace._chunks.clear()
 
@@ -200,7 +200,7 @@ def test_one_launch_and_nothing_else(
     forward, backward = Recorder(), Recorder()
     monkeypatch.setattr(forward_kernel, "lora_linear_forward", forward)
     monkeypatch.setattr(backward_kernel, "lora_linear_backward", backward)
-    workspace.reserve(64, inputs.x.device)  # made once per stream
+    workspace.reserve(64, inputs.x.device, 0)  # made once per stream
     with Operators() as operators:
         run_backend(backend.BACKEND, case, inputs)
     assert (len(forward.launches), len(backward.launches)) == (1, 1)

@@ -68,7 +68,7 @@ class Map(ctypes.Structure):
 
 
 class Record(ctypes.Structure):
-    """Counts since the start, and the latest launches: launch i is at i modulo LAUNCHES."""
+    """Counts (of modules, those loaded now), and the latest launches: i is at i modulo LAUNCHES."""
 
     _fields_ = (
         ("launches", ctypes.c_uint64),

@@ -4,13 +4,13 @@ Importing this module loads no extension. csrc/lora_linear has the kernels, READ
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from lora_kernels import extension
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
@@ -52,13 +52,15 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
     bias = None if call.bias is None else call.bias.contiguous()
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
-    flags = reserve(_words(m), x.device)
-    with _device(x):
+    device = x.device
+    with made_current(device):
+        stream = current_stream(device)
+        flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_forward(
             x.dtype == torch.bfloat16, m, n, k, r,
             *map(_matrix, (x, weight, lora_a, lora_b)),
             0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
-            call.scale().factor, _dropout(call.dropout_p, call.seed), _stream(x),
+            call.scale().factor, _dropout(call.dropout_p, call.seed), stream,
         )  # fmt: skip
     return y, p
 
@@ -75,12 +77,14 @@ def backward(call: Backward) -> Gradients:
     da = dy.new_empty(r, k, dtype=dtype) if need_da else None
     db = dy.new_empty(n, r, dtype=dtype) if need_db else None
     q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
-    flags = reserve(_words(m), dy.device)
-    with _device(dy):
+    device = dy.device
+    with made_current(device):
+        stream = current_stream(device)
+        flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, m, n, k, r,
             *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
-            flags.data_ptr(), call.scale().factor, _dropout(call.dropout_p, call.seed), _stream(dy),
+            flags.data_ptr(), call.scale().factor, _dropout(call.dropout_p, call.seed), stream,
         )  # fmt: skip
     return Gradients(dx, da, db)
 
@@ -123,13 +127,3 @@ def _dropout(p: float, seed: Tensor | None) -> tuple[bool, int, int, int, int]:
         return True, threshold(p), 0, 0, seed.data_ptr()
     key = int(seed)
     return True, threshold(p), key & LOW, key >> 32 & LOW, 0
-
-
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
-
-
-def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

@@ -24,23 +24,27 @@ _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _chunks: dict[torch.device, list[Tensor]] = {}
 
 
-def reserve(length: int, device: torch.device) -> Tensor:
-    """Return at least `length` zeroed int32 that no launch running at the same time will use."""
-    with _lock:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def reserve(length: int, device: torch.device, stream: int) -> Tensor:
+    """Return at least `length` zeroed int32 that no launch running at the same time will use.
+
+    `device` is the current one, and `stream` the handle of its current stream.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        with _lock:
             cut = _cut(length, device)
-            return torch.zeros(length, dtype=torch.int32, device=device) if cut is None else cut
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        held = _by_stream.get((device, stream))
-        if held is None or held.numel() < length:
-            size = max(1 << (length - 1).bit_length(), 256)  # doubling wastes no more than it uses
+        return torch.zeros(length, dtype=torch.int32, device=device) if cut is None else cut
+    held = _by_stream.get((device, stream))
+    if held is not None and held.numel() >= length:
+        return held
+    with _lock:
+        size = max(1 << (length - 1).bit_length(), 256)  # doubling wastes no more than it uses
+        held = _cut(size, device)
+        if held is None:
+            chunk = _zeroed(max(2 * size, CHUNK), device)
+            _chunks.setdefault(device, []).append(chunk)
             held = _cut(size, device)
-            if held is None:
-                chunk = _zeroed(max(2 * size, CHUNK), device)
-                _chunks.setdefault(device, []).append(chunk)
-                held = _cut(size, device)
-                assert held is not None
-            _by_stream[device, stream] = held
+            assert held is not None
+        _by_stream[device, stream] = held
         return held
 
 

@@ -6,8 +6,9 @@ Importing this module imports no Triton; the kernels load with the first call.
 import functools
 import importlib.metadata
 import os
-from contextlib import nullcontext
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from torch import Tensor
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import schedule
 from lora_kernels.ops.lora_linear.config import TileConfig, pick
+from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
+
+# Waits that are bounded and end in a trap; read once, as an environment variable is slow to read.
+DEBUG = os.environ.get("LORA_KERNELS_DEBUG") == "1"
 
 OLDEST = (3, 6)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,57 +52,30 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(call: Forward) -> tuple[Tensor, Tensor]:
     """Return y and P."""
-    from lora_kernels.ops.lora_linear.triton.forward_kernel import lora_linear_forward
-
-    x, weight, lora_a, lora_b, bias, *_ = call
-    (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
-    y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
-    problem = call.problem()
-    c = pick(problem)
-    p_end, end = schedule.forward_ends(m, n, r, c.bm, c.bn, c.br)
-    _launch(
-        lora_linear_forward, end, schedule.blocks(m, c.bm), c, x.device,
-        (x, weight, lora_a, lora_b, bias, y, p,
-         *_descriptors((x, c.bm, c.bk), (weight, c.bn, c.bk), problem=problem)),
-        (p_end, end, m, n, k, r),
-        (*x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride(),
-         0 if bias is None else bias.stride(0)),
-        call,
-    )  # fmt: skip
+    x, weight, lora_a, *_ = call
+    m = x.shape[0]
+    y, p = x.new_empty(m, weight.shape[0]), lora_a.new_empty(m, lora_a.shape[0])
+    _launch(_plan_forward, call, call[:5], (*call[:5], y, p))
     return y, p
 
 
 def backward(call: Backward) -> Gradients:
     """Return those of dx, da and db that are needed."""
-    from lora_kernels.ops.lora_linear.triton.backward_kernel import lora_linear_backward
-
-    if not any(call.needs):
+    dy, x, weight, lora_a, lora_b, p, *_ = call
+    narrow = p if lora_b is None else lora_b
+    if narrow is None:
         return Gradients(None, None, None)
-    dy, (m, n, k, r), dtype = call.dy, call.sizes(), call.adapter_dtype()
-    need_dx, need_da, need_db = call.needs
-    dx = dy.new_empty(m, k) if need_dx else None
-    da = dy.new_empty(r, k, dtype=dtype) if need_da else None
-    db = dy.new_empty(n, r, dtype=dtype) if need_db else None
-    q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
-    problem = call.problem()
-    c = pick(problem, backward=True)
-    ends = schedule.backward_ends(m, n, k, r, c.bm, c.bn, c.bk, c.br, *call.needs)
+    m, n, k, r = call.sizes()
+    dx = None if weight is None else dy.new_empty(m, k)
+    da = None if x is None else narrow.new_empty(r, k)
+    db = None if p is None else narrow.new_empty(n, r)
+    q = None if lora_b is None else narrow.new_empty(m, r)
     # One kernel is compiled for every subset of gradients: what an absent operand points to, nobody
     # reads.
-    narrow = call.p if q is None else q
-    assert narrow is not None
-    x, weight = (dy if t is None else t for t in (call.x, call.weight))
-    lora_a, lora_b, p, da_, db_, q = (
-        narrow if t is None else t for t in (call.lora_a, call.lora_b, call.p, da, db, q)
-    )
-    _launch(
-        lora_linear_backward, ends[-1], schedule.blocks(m, c.bm), c, dy.device,
-        (dy, x, weight, lora_a, lora_b, p, dy if dx is None else dx, da_, db_, q,
-         *_descriptors((dy, c.bm, c.bk), (x, c.bm, c.bk), (weight, c.bk, c.bn), problem=problem)),
-        (*ends, m, n, k, r),
-        (*dy.stride(), *x.stride(), *weight.stride(), *lora_a.stride(), *lora_b.stride()),
-        call,
-    )  # fmt: skip
+    wide = [dy if t is None else t for t in (x, weight, dx)]
+    small = [narrow if t is None else t for t in (lora_a, lora_b, p, da, db, q)]
+    tensors = dy, *wide[:2], *small[:3], wide[2], *small[3:]
+    _launch(_plan_backward, call, call[:6], tensors)
     return Gradients(dx, da, db)
 
 
@@ -106,51 +84,164 @@ BACKEND = Backend(
 )
 
 
-def _launch(
+class _Plan(NamedTuple):
+    """A launch but for its tensors and numbers."""
+
+    kernel: Any
+    items: int
+    ctas: int
+    words: int  # of the workspace
+    sizes: tuple[int, ...]  # tickets, sizes and strides, as the kernel takes them
+    descriptors: tuple[Any, ...]  # of the first tensors, for TMA
+    constants: dict[str, Any]
+    options: dict[str, Any]  # of the compiler
+
+
+def _plan_forward(call: Forward, tensors: Sequence[Any]) -> _Plan:
+    from lora_kernels.ops.lora_linear.triton.forward_kernel import lora_linear_forward
+
+    (m, k), (n, _), r = call.x.shape, call.weight.shape, call.lora_a.shape[0]
+    problem = call.problem()
+    c = pick(problem)
+    ends = schedule.forward_ends(m, n, r, c.bm, c.bn, c.br)
+    strides = [s for t in call[:4] for s in t.stride()]
+    bias_n = 0 if call.bias is None else call.bias.stride(0)
+    blocks = (c.bm, c.bk), (c.bn, c.bk)
+    return _plan(
+        lora_linear_forward, c, problem, tensors, blocks, ends, (m, n, k, r, *strides, bias_n)
+    )
+
+
+def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
+    from lora_kernels.ops.lora_linear.triton.backward_kernel import lora_linear_backward
+
+    problem, (m, n, k, r) = call.problem(), call.sizes()
+    c = pick(problem, backward=True)
+    ends = schedule.backward_ends(m, n, k, r, c.bm, c.bn, c.bk, c.br, *call.needs)
+    strides = [s for t in tensors[:5] for s in t.stride()]
+    blocks = (c.bm, c.bk), (c.bm, c.bk), (c.bk, c.bn)
+    return _plan(lora_linear_backward, c, problem, tensors, blocks, ends, (m, n, k, r, *strides))
+
+
+def _plan(
     kernel: Any,
-    items: int,
-    row_blocks: int,
-    config: TileConfig,
-    device: torch.device,
-    tensors: tuple[Tensor | None, ...],
-    sizes: tuple[int, ...],
-    strides: tuple[int, ...],
+    c: TileConfig,
+    problem: Problem,
+    tensors: Sequence[Tensor],
+    blocks: Sequence[tuple[int, int]],
+    ends: Sequence[int],
+    sizes: Sequence[int],
+) -> _Plan:
+    """Return the plan of a launch that reads its first tensors by `blocks`."""
+    debug = DEBUG
+    return _Plan(
+        kernel,
+        ends[-1],
+        _ctas(ends[-1], c, tensors[0].device),
+        schedule.workspace_length(schedule.blocks(problem.m, c.bm)),
+        (*ends, *sizes),
+        _descriptors(tensors, blocks, problem),
+        {
+            "DROPOUT": problem.dropout, "PRECISION": _precision(problem.dtype), "DEBUG": debug,
+            "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs, "GROUP": c.group,
+        },
+        {
+            "num_warps": c.warps, "num_stages": c.stages, "debug": debug,
+            "sanitize_overflow": False, "enable_fp_fusion": True,
+        },
+    )  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """What is left of a plan once its kernel is compiled."""
+
+    direct: Any  # direct.Direct
+    words: int
+    sizes: tuple[int, ...]
+    constants: tuple[Any, ...]
+
+
+_kept: dict[tuple[Any, ...], _Kept] = {}
+_keeping = threading.Lock()  # readers need none
+_MOST = 1024  # kept plans, of a few hundred bytes each
+
+
+def _launch(
+    plan_of: Callable[[Any, Sequence[Any]], _Plan],
     call: Forward | Backward,
+    operands: tuple[Any, ...],
+    tensors: tuple[Any, ...],
 ) -> None:
-    """Launch `kernel` once, unless there is nothing to do."""
-    if items == 0:
-        return
-    seed, dropout_p = call.seed, call.dropout_p
+    """Launch a direction's kernel once, unless there is nothing to do.
+
+    The first launch of a kind goes through Triton's own machinery, which compiles; what that found
+    is kept, and further ones cost a tenth. The key holds all that decides anything but addresses
+    and numbers, so that none is ever served another's launch: also the rules, which tests and the
+    tuner replace.
+    """
+    seed, device = call.seed, tensors[0].device
     # A seed on the CPU becomes two numbers, one on the device is read by the kernel: no waiting.
     seed_ptr = seed if seed is not None and seed.is_cuda else None
-    key = 0 if seed is None or seed_ptr is not None else int(seed)
-    debug = os.environ.get("LORA_KERNELS_DEBUG") == "1"
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(_ctas(items, config, device),)](
-            *tensors, seed_ptr, reserve(schedule.workspace_length(row_blocks), device),
-            *sizes, *strides,
-            call.scale().factor, threshold(dropout_p), _int32(key & LOW), _int32(key >> 32),
-            DROPOUT=dropout_p > 0, PRECISION=_precision(), DEBUG=debug,
-            BM=config.bm, BN=config.bn, BK=config.bk, BR=config.br, BS=config.bs,
-            GROUP=config.group, num_warps=config.warps, num_stages=config.stages,
-            debug=debug, sanitize_overflow=False, enable_fp_fusion=True,
+    key = (
+        plan_of, device, seed is None, seed_ptr is None, _precision(tensors[0].dtype),
+        DEBUG, pick, _has_tma, _ctas,
+        *[
+            None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+            for t in operands
+        ],
+    )  # fmt: skip
+    numbers = (call.scale().factor, *_mask(call.dropout_p, seed, seed_ptr))
+    kept = _kept.get(key)
+    with made_current(device):
+        stream = current_stream(device)
+        if kept is not None and not kept.direct.hooked():
+            addresses = [None if t is None else t.data_ptr() for t in tensors]
+            arguments = [
+                *addresses, *kept.direct.described(addresses),
+                None if seed_ptr is None else seed_ptr.data_ptr(),
+                reserve(kept.words, device, stream).data_ptr(),
+                *kept.sizes, *numbers, *kept.constants,
+            ]  # fmt: skip
+            kept.direct.run(stream, arguments)
+            return
+        plan = plan_of(call, tensors)
+        if plan.items == 0:
+            return
+        compiled = plan.kernel[(plan.ctas,)](
+            *tensors, *plan.descriptors, seed_ptr, reserve(plan.words, device, stream),
+            *plan.sizes, *numbers, **plan.constants, **plan.options,
         )  # fmt: skip
+        _keep(key, plan, compiled)
 
 
-def _descriptors(*operands: tuple[Tensor, int, int], problem: Problem) -> list[Any]:
-    """Return what TMA needs to load each (tensor, block rows, block columns), or None where it
+def _keep(key: tuple[Any, ...], plan: _Plan, compiled: Any) -> None:
+    """Keep what launches `compiled` again, if this Triton's own launch can be done without."""
+    from lora_kernels.ops.lora_linear.triton.direct import Direct
+
+    direct = Direct.of(compiled, plan.ctas, plan.descriptors)
+    if direct is not None:
+        with _keeping:
+            while len(_kept) >= _MOST:
+                del _kept[next(iter(_kept))]  # the oldest
+            _kept[key] = _Kept(direct, plan.words, plan.sizes, tuple(plan.constants.values()))
+
+
+def _descriptors(
+    tensors: Sequence[Tensor], blocks: Sequence[tuple[int, int]], problem: Problem
+) -> tuple[Any, ...]:
+    """Return what TMA needs to load each tensor by blocks of (rows, columns), or None where it
     cannot: before Hopper, or for rows that are not contiguous and 16-byte aligned."""
-    described: list[Any] = [None] * len(operands)
+    described: list[Any] = [None] * len(blocks)
     if not _has_tma(problem):
-        return described
+        return tuple(described)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    for i, (tensor, *block) in enumerate(operands):
+    for i, (tensor, block) in enumerate(zip(tensors, blocks, strict=False)):
         (rows, columns), (pitch, step) = tensor.shape, tensor.stride()
         aligned = tensor.data_ptr() % 16 == 0 and pitch * tensor.itemsize % 16 == 0
         if step == 1 and pitch >= columns and rows and columns and aligned:
-            described[i] = TensorDescriptor(tensor, [rows, columns], [pitch, 1], block)
-    return described
+            described[i] = TensorDescriptor(tensor, [rows, columns], [pitch, 1], list(block))
+    return tuple(described)
 
 
 def _has_tma(problem: Problem) -> bool:
@@ -164,14 +255,23 @@ def _ctas(items: int, config: TileConfig, device: torch.device) -> int:
     return min(items, config.ctas * _multiprocessors(device))
 
 
+def _mask(dropout_p: float, seed: Tensor | None, seed_ptr: Tensor | None) -> tuple[int, int, int]:
+    """Return the threshold and the two halves of the key of the dropout mask."""
+    if seed is None:
+        return 0, 0, 0
+    key = int(seed) if seed_ptr is None else 0
+    return threshold(dropout_p), _int32(key & LOW), _int32(key >> 32)
+
+
 def _int32(word: int) -> int:
     """Return a 32-bit word as the signed number that Triton passes without another variant."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _precision() -> str:
-    """Return how fp32 operands are multiplied: as torch's own setting for matrix products says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    """Return how operands are multiplied: fp32 ones as torch's own setting for products says."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def _interpreted() -> bool:

@@ -8,7 +8,7 @@ What is replaced in Python is
 - what says where a tensor is: `Tensor.device` and `is_cuda` (a seed that the operator makes of an
   int or draws stays on the CPU, as it would with a GPU);
 - the functions of torch.cuda that tell the current device, stream and capture;
-- the zeroing of a workspace on a side stream.
+- the zeroing of a workspace on a side stream, and the record of qualification: there is none.
 
 All between the public function and the driver is the real code.
 """
@@ -208,6 +208,7 @@ def install(arch: int = 90) -> Gpu:
     torch._C._cuda_getCurrentRawStream = lambda device: gpu.stream
 
     from lora_kernels.ops.lora_linear import op, workspace
+    from lora_kernels.qualify import choose
 
     def seed_tensor(seed: Any, x: torch.Tensor) -> torch.Tensor:
         made = real_seed_tensor(seed, x)
@@ -216,5 +217,6 @@ def install(arch: int = 90) -> Gpu:
         return made
 
     real_seed_tensor, op.seed_tensor = op.seed_tensor, seed_tensor
+    choose.KEPT_FOR = ()
     workspace._zeroed = lambda length, device: torch.zeros(length, dtype=torch.int32)
     return gpu

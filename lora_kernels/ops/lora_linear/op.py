@@ -10,10 +10,10 @@ from lora_kernels.dispatch import AUTO, select
 from lora_kernels.ops.lora_linear import cuda, reference, triton
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
-from lora_kernels.ops.lora_linear.validate import validate
+from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _ops = torch.ops.lora_kernels
 _NAMES = (AUTO, *(backend.name for backend in BACKENDS))
 
@@ -70,87 +70,108 @@ def lora_linear(
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
     scaling, dropout_p = float(scaling), float(dropout_p)
-    if backend != AUTO and not torch.compiler.is_compiling():
-        # A refusal must come before a seed is drawn; "auto" always finds a backend.
-        call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p)
-        select(BACKENDS, call.problem(), backend)
-    drawn = seed_tensor(seed, x) if dropout_p > 0 else None
-    call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
+    drawn = None
+    if dropout_p > 0:
+        if backend != AUTO and not torch.compiler.is_compiling():
+            # A refusal must come before a seed is drawn; "auto" always finds a backend.
+            call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p)
+            select(BACKENDS, call.problem(), backend)
+        drawn = seed_tensor(seed, x)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
-        return _LoRALinear.apply(*call, backend)
+        rest = scaling, dropout_p, backend
+        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, rest)
+    call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
     return _forward(call, backend)[0]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *operands, backend = arguments
-        call = Forward(*operands)
-        y, p = _forward(call, backend)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
+        bias: Tensor | None, seed: Tensor | None, rest: tuple[float, float, str],
+    ) -> Tensor:  # fmt: skip
+        scaling, dropout_p, backend = rest
+        call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p)
+        y, p, problem = _forward(call, backend)
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
         # In the order of Backward, and no more than the needed gradients read: what is not saved
         # may be an inference tensor, or be written to before the backward pass.
         ctx.save_for_backward(
-            call.x if need_da else None,
-            call.weight if need_dx else None,
-            call.lora_a if need_dx else None,
-            call.lora_b if need_dx or need_da else None,
+            x if need_da else None,
+            weight if need_dx else None,
+            lora_a if need_dx else None,
+            lora_b if need_dx or need_da else None,
             p if need_db else None,
-            call.seed if need_dx or need_da else None,
+            seed if need_dx or need_da else None,
         )
-        ctx.numbers = call.scaling, call.dropout_p
-        ctx.x_shape, ctx.backend = call.x.shape, backend
+        ctx.rest = x.shape, scaling, dropout_p, backend, problem
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        call = Backward(_flatten(dy), None if x is None else _flatten(x), *saved, *ctx.numbers)
+        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
+        shape, scaling, dropout_p, backend, problem = ctx.rest
+        if len(shape) != 2:
+            dy, x = _flatten(dy), None if x is None else _flatten(x)
+        call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p)
         # With create_graph=True the gradients must not pass for constants. `once_differentiable`
         # would let them: it raises for what depends on dy, and these depend on x, A and B too.
-        run = _NotTwiceDifferentiable.apply if torch.is_grad_enabled() else _backward
-        dx, da, db = run(*call, ctx.backend)
+        if torch.is_grad_enabled():
+            dx, da, db = _NotTwiceDifferentiable.apply(*call, backend)
+        else:
+            dx, da, db = _backward(call, backend, problem)
         need_dx, need_da, need_db = call.needs
+        if need_dx and len(shape) != 2:
+            dx = dx.view(shape)
         return (
-            dx.view(ctx.x_shape) if need_dx else None,
+            dx if need_dx else None,
             None,
             da if need_da else None,
             db if need_db else None,
-            *(None,) * 5,
+            *(None,) * 3,
         )
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
+        return _backward(Backward(*arguments[:-1]), arguments[-1])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise RuntimeError("lora_linear: double backward is not supported")
 
 
-def _forward(call: Forward, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(call: Forward, backend: str) -> tuple[Tensor, Tensor, Problem | None]:
+    """Return y, P and, where nothing traces, what the backend was chosen by."""
     x, weight, lora_a, lora_b, *_ = call
-    run = _ops.lora_linear.default if _is_traced(x, weight, lora_a, lora_b) else _forward_impl
-    flat = _flatten(x)
-    y, p = run(flat, *call[1:], backend)
-    if flat is not x:
+    if x.dim() != 2:
+        call = call._replace(x=_flatten(x))
+    problem = None
+    if _is_traced(x, weight, lora_a, lora_b):
+        y, p = _ops.lora_linear.default(*call, backend)
+    else:
+        problem = call.problem()
+        y, p = select(BACKENDS, problem, backend).forward(call)
+    if x.dim() != 2:
         # Not a view for autograd: the caller may modify what a layer returns in place.
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-    return y, p
+    return y, p, problem
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dy, *others = arguments
-    traced = _is_traced(dy, *(t for t in others if isinstance(t, Tensor)))
-    run = _ops.lora_linear_backward.default if traced else _backward_impl
-    if torch._C._is_any_autocast_enabled() and _autocasts(dy):
-        with torch.autocast(dy.device.type, enabled=False):
-            return run(*arguments)
-    return run(*arguments)
+def _backward(
+    call: Backward, backend: str, problem: Problem | None = None
+) -> tuple[Tensor | None, ...]:
+    if torch._C._is_any_autocast_enabled() and _autocasts(call.dy):
+        with torch.autocast(call.dy.device.type, enabled=False):
+            return _backward(call, backend, problem)
+    if _is_traced(*[t for t in call[:6] if t is not None]):
+        return _ops.lora_linear_backward.default(*call, backend)
+    if problem is None:
+        problem = call.problem()
+    return select(BACKENDS, problem, backend, backward=True).backward(call)
 
 
 def _tokens(x: Tensor) -> int:
@@ -170,7 +191,7 @@ def _is_traced(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN_TYPES.issuperset(map(type, tensors))
+        or not PLAIN_TYPES.issuperset(map(type, tensors))
     )
 
 

@@ -33,7 +33,7 @@ class Forward(NamedTuple):
 
     def problem(self) -> Problem:
         """Return what dispatch decides on; x may still have its leading dimensions."""
-        m = math.prod(self.x.shape[:-1])
+        m = self.x.shape[0] if self.x.dim() == 2 else math.prod(self.x.shape[:-1])
         return Problem.of(m, self.weight, self.lora_a, self.bias, self.dropout_p)
 
     def scale(self) -> "Scale":

@@ -36,19 +36,9 @@ class Problem(NamedTuple):
         cls, m: int, weight: Tensor, lora_a: Tensor, bias: Tensor | None, dropout_p: float
     ) -> "Problem":
         """Describe a call on m tokens."""
-        n, k = weight.shape
-        return cls(
-            m,
-            n,
-            k,
-            lora_a.shape[0],
-            weight.dtype,
-            lora_a.dtype,
-            weight.device.type,
-            arch(weight.device) if weight.is_cuda else None,
-            bias is not None,
-            dropout_p > 0,
-        )
+        (n, k), r, device = weight.shape, lora_a.shape[0], weight.device
+        dtypes, has_bias = (weight.dtype, lora_a.dtype), bias is not None
+        return cls(m, n, k, r, *dtypes, device.type, arch(device), has_bias, dropout_p > 0)
 
     def flops(self, *, backward: bool = False) -> int:
         """Return the floating-point operations: `2·M·K·N` plus the low-rank path, da and db too."""

@@ -114,6 +114,8 @@ def oracle(
 
 def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return `alpha·left·right`, scaled before it is rounded: [M,C]·[C,R] -> [M,R]."""
+    if alpha == 1:
+        return torch.mm(left, right)  # one operator, not two
     out = left.new_empty(left.shape[0], right.shape[1])
     return out.addmm_(left, right, beta=0, alpha=alpha)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _FP32_MAX = torch.finfo(torch.float32).max
 _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
@@ -25,16 +26,18 @@ def validate(
 ) -> None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them."""
     tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
-    for name, tensor in zip(_NAMES, tensors, strict=False):  # there may be no bias
-        if not isinstance(tensor, Tensor):
-            _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not PLAIN_TYPES.issuperset(map(type, tensors)):  # that fails, or a subclass
+        for name, tensor in zip(_NAMES, tensors, strict=False):  # there may be no bias
+            if not isinstance(tensor, Tensor):
+                _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
     _validate_shapes(x, weight, lora_a, lora_b, bias)
     _validate_dtypes(x, weight, lora_a, lora_b, bias)
     device = x.device
-    for name, tensor in zip(_NAMES, tensors, strict=False):
-        if tensor.device != device:
-            _value_error(f"{name} must be on x's device {device}, got {tensor.device}")
-    if torch.is_grad_enabled():
+    if not (device == weight.device == lora_a.device == lora_b.device == tensors[-1].device):
+        for name, tensor in zip(_NAMES, tensors, strict=False):
+            if tensor.device != device:
+                _value_error(f"{name} must be on x's device {device}, got {tensor.device}")
+    if torch.is_grad_enabled() and (weight.requires_grad or (tensors[4:] and bias.requires_grad)):
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and tensor.requires_grad:
                 hint = (
@@ -42,11 +45,11 @@ def validate(
                 )
                 _value_error(f"{name} is frozen here but requires grad; {hint}")
 
-    if not _is_number(scaling):
+    if type(scaling) is not float and not _is_number(scaling):
         _type_error(f"scaling must be a number, got {type(scaling).__name__}")
     if not abs(scaling) <= _FP32_MAX:
         _value_error(f"scaling must be finite in fp32, got {scaling}")
-    if not _is_number(dropout_p):
+    if type(dropout_p) is not float and not _is_number(dropout_p):
         _type_error(f"dropout_p must be a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         _value_error(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -59,17 +62,18 @@ def validate(
 def _validate_shapes(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
 ) -> None:
-    if weight.dim() != 2:
+    x_shape, w_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
+    if len(w_shape) != 2:
         _value_error(f"weight must be (N, K), got shape {_shape(weight)}")
-    n, k = weight.shape
-    if x.dim() == 0 or x.shape[-1] != k:
+    n, k = w_shape
+    if len(x_shape) == 0 or x_shape[-1] != k:
         _value_error(f"x must be (..., K={k}) to match weight, got shape {_shape(x)}")
-    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+    if len(a_shape) != 2 or a_shape[1] != k:
         _value_error(f"lora_a must be (R, K={k}) to match weight, got shape {_shape(lora_a)}")
-    if lora_b.dim() != 2 or lora_b.shape[0] != n:
+    if len(b_shape) != 2 or b_shape[0] != n:
         _value_error(f"lora_b must be (N={n}, R) to match weight, got shape {_shape(lora_b)}")
-    r = lora_a.shape[0]
-    if lora_b.shape[1] != r:
+    r = a_shape[0]
+    if b_shape[1] != r:
         _value_error(f"lora_b must be (N, R={r}) to match lora_a, got shape {_shape(lora_b)}")
     if r == 0:
         _value_error("the rank R must be at least 1, got 0")

@@ -131,6 +131,9 @@ def check_code(arch: int, this: dict[str, Any], found: dict[str, Any], c: TileCo
     assert all(found["releases"])
     assert found["acquires"] == (1 if this["direction"] == "forward" else 2)
     assert not found["traps"]
+    assert found["from_registers"]["in flight"] == 0
+    if this["dtype"] == this["adapter_dtype"]:  # a wider operand is split in each step, which waits
+        assert found["from_registers"]["done"] == 0
     # The operands are what the design says: the interpreter's upcast never reaches the compiler.
     assert found["dots"] == [
         {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[this["dtype"]]

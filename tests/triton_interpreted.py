@@ -267,10 +267,25 @@ def skipped_last_rows(right: Callable[..., Any]) -> Callable[..., Any]:
     return store
 
 
+def turned(right: Callable[..., Any]) -> Callable[..., Any]:
+    """`store` writes each tile to the transposed place."""
+
+    def store(out: Any, acc: Any, row: Any, col: Any, rows: Any, cols: Any, *strides: Any) -> None:
+        right(out, tl.trans(acc), row, col, rows, cols, *strides)
+
+    return store
+
+
 DEPTH, SCALE = 9, 13  # positions among the arguments of `contract`; of `_p_item` and `_q_item`
 MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
     "zeros forward": (forward_kernel, "store", with_argument(1, lambda acc: acc * 0.0)),
     "zeros backward": (backward_kernel, "store", with_argument(1, lambda acc: acc * 0.0)),
+    "zeros of P, da and db": (primitives, "store", with_argument(1, lambda acc: acc * 0.0)),
+    "P's mask transposed": (forward_kernel, "DROP_ROW_IS_M", lambda _: primitives.DROP_DEPTH_IS_M),
+    "da's mask transposed": (
+        backward_kernel, "DROP_DEPTH_IS_M", lambda _: primitives.DROP_ROW_IS_M
+    ),
+    "a tile of P turned once too often": (primitives, "store", turned),
     "last row block unwritten forward": (forward_kernel, "store", skipped_last_rows),
     "last row block unwritten backward": (backward_kernel, "store", skipped_last_rows),
     "second rank tile of P ignored": (forward_kernel, "skinny", result(lambda t: (t[0], t[1] * 0))),

@@ -129,11 +129,32 @@ def facts(compiled: Any) -> dict[str, Any]:
         "mma": sorted({".".join(i.split(".")[:2]) for i in MMA.findall(sass)}),
         "tma": "UTMALDG" in sass,
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "from_registers": from_registers(ptx),
         "releases": published(ptx),
         "acquires": len(re.findall(r"\bld\.global\.gpu\.acquire\b", ptx)),
         "dots": sorted(set(DOT.findall(compiled.asm["ttir"]))),
         "traps": "__assertfail" in ptx,
     }
+
+
+def from_registers(ptx: str) -> dict[str, int]:
+    """Count the wgmmas that take their left operand from registers, by whether they end in time.
+
+    wgmma reads them until a wait_group of 0. Where a block of the program ends before that, the
+    next turn of its loop writes them while they may still be read.
+    """
+    found = {"done": 0, "in flight": 0}
+    pending = 0
+    for line in ptx.splitlines():
+        if re.search(r"\bwgmma\.mma_async\b[^{]*\{[^}]*\}\s*,\s*\{", line):
+            pending += 1
+        elif re.search(r"\bwgmma\.wait_group\S* 0;", line):
+            found["done"] += pending
+            pending = 0
+        elif re.search(r"^\$L__BB|\bbra\b|\bret;", line):
+            found["in flight"] += pending
+            pending = 0
+    return found
 
 
 def published(ptx: str) -> list[bool]:

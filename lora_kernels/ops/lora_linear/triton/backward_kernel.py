@@ -19,6 +19,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     philox_key,
     publish,
     skinny,
+    skinny_item,
     store,
     take_ticket,
     tile,
@@ -34,12 +35,10 @@ def _q_item(
 ):  # fmt: skip
     """Write `Q[BM, BR] = scale·dy·B` and release the flag of its rows."""
     row_block, rank_tile = skinny(item, tl.cdiv(r, BR))
-    row, rank = row_block * BM, rank_tile * BR
-    acc = contract(
-        tl.zeros((BM, BR), tl.float32), dy_ptr, b_ptr, dy_desc, None, row, rank, m, r, n,
-        dy_m, dy_n, b_n, b_r, 0, 0, 0, dy_ptr.dtype.element_ty, PRECISION, True, KEEP_ALL, BK,
+    skinny_item(
+        dy_ptr, b_ptr, q_ptr, dy_desc, row_block * BM, rank_tile * BR, m, r, n,
+        dy_m, dy_n, b_n, b_r, r, 1, scale, 0, 0, 0, PRECISION, KEEP_ALL, BM, BR, BK,
     )  # fmt: skip
-    store(q_ptr, acc * scale, row, rank, m, r, r, 1)
     publish(workspace_ptr, row_block)
 
 
@@ -104,13 +103,11 @@ def _gradient_item(
     db is `dyᵀ·P`; daᵀ is `drop(x)ᵀ·Q`, and the strides of `out` transpose it back.
     """
     column_block, rank_tile = skinny(item, tl.cdiv(r, BR))
-    acc = contract(
-        tl.zeros((BK, BR), tl.float32), wide_ptr, narrow_ptr, wide_desc, None,
-        column_block * BK, rank_tile * BR, c, r, m,
-        wide_c, wide_m, r, 1, threshold, key_low, key_high,
-        wide_ptr.dtype.element_ty, PRECISION, True, DROP, BM, L_FLIP=True,
+    skinny_item(
+        wide_ptr, narrow_ptr, out_ptr, wide_desc, column_block * BK, rank_tile * BR, c, r, m,
+        wide_c, wide_m, r, 1, out_c, out_r, 1.0, threshold, key_low, key_high,
+        PRECISION, DROP, BK, BR, BM, L_FLIP=True,
     )  # fmt: skip
-    store(out_ptr, acc, column_block * BK, rank_tile * BR, c, r, out_c, out_r)
 
 
 @triton.jit(

@@ -14,6 +14,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     philox_key,
     publish,
     skinny,
+    skinny_item,
     store,
     take_ticket,
     tile,
@@ -30,13 +31,10 @@ def _p_item(
 ):  # fmt: skip
     """Write `P[BM, BR] = scale·drop(x)·Aᵀ` and release the flag of its rows."""
     row_block, rank_tile = skinny(item, tl.cdiv(r, BR))
-    acc = contract(
-        tl.zeros((BM, BR), tl.float32), x_ptr, a_ptr, x_desc, None,
-        row_block * BM, rank_tile * BR, m, r, k,
-        x_m, x_k, a_k, a_r, threshold, key_low, key_high,
-        x_ptr.dtype.element_ty, PRECISION, True, DROP, BK,
+    skinny_item(
+        x_ptr, a_ptr, p_ptr, x_desc, row_block * BM, rank_tile * BR, m, r, k,
+        x_m, x_k, a_k, a_r, r, 1, scale, threshold, key_low, key_high, PRECISION, DROP, BM, BR, BK,
     )  # fmt: skip
-    store(p_ptr, acc * scale, row_block * BM, rank_tile * BR, m, r, r, 1)
     publish(workspace_ptr, row_block)
 
 

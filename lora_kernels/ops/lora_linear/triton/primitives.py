@@ -38,13 +38,17 @@ def contract(
     threshold, key_low, key_high,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DROP: tl.constexpr,
     BD: tl.constexpr, L_FLIP: tl.constexpr = False, R_FLIP: tl.constexpr = False,
+    TURN: tl.constexpr = False,
 ):  # fmt: skip
     """Return `acc + L·Rt` for the tile at (row_start, col_start) of L[rows, depth]·Rt[depth, cols].
 
-    Both operands are converted to OPERAND, unless EXACT asks to keep a wider Rt (`dot`).
+    Both operands are converted to OPERAND, unless EXACT asks to keep a wider Rt (`dot`). TURN asks
+    for the transposed tile, `acc + Rtᵀ·Lᵀ`.
     """
-    row = row_start + tl.arange(0, acc.shape[0])
-    col = col_start + tl.arange(0, acc.shape[1])
+    BL: tl.constexpr = acc.shape[1] if TURN else acc.shape[0]
+    BC: tl.constexpr = acc.shape[0] if TURN else acc.shape[1]
+    row = row_start + tl.arange(0, BL)
+    col = col_start + tl.arange(0, BC)
     d = tl.arange(0, BD)
     l_ptrs = l_ptr + row[:, None].to(tl.int64) * l_row + d[None, :].to(tl.int64) * l_depth
     r_ptrs = r_ptr + d[:, None].to(tl.int64) * r_depth + col[None, :].to(tl.int64) * r_col
@@ -69,9 +73,9 @@ def contract(
             keep = keep_tile(row, start, threshold, key_low, key_high, BD)
             lhs = tl.where(keep, lhs, 0.0)
         elif DROP == DROP_DEPTH_IS_M:
-            keep = keep_tile(start + d, row_start, threshold, key_low, key_high, acc.shape[0])
+            keep = keep_tile(start + d, row_start, threshold, key_low, key_high, BL)
             lhs = tl.where(tl.trans(keep), lhs, 0.0)
-        acc = dot(lhs, rhs, acc, OPERAND, PRECISION, EXACT)
+        acc = dot(lhs, rhs, acc, OPERAND, PRECISION, EXACT, TURN)
         l_ptrs += l_step
         r_ptrs += r_step
     return acc
@@ -79,9 +83,10 @@ def contract(
 
 @triton.jit
 def dot(
-    lhs, rhs, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr
+    lhs, rhs, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
-    """Return `acc + lhs·rhs` on operands of type OPERAND.
+    """Return `acc + lhs·rhs`, or `acc + rhsᵀ·lhsᵀ` (TURN), on operands of type OPERAND.
 
     EXACT keeps the bits of an fp32 `rhs` beside a 16-bit OPERAND, as the sum of two operands: the
     adapters' gradients then err like fp32, at no cost where reading `lhs` is the bottleneck.
@@ -90,12 +95,45 @@ def dot(
         high = rhs.to(OPERAND)
         wide = high.to(rhs.dtype)
         low = tl.where(tl.abs(wide) == float("inf"), 0.0, rhs - wide)
-        acc = dot(lhs, low.to(OPERAND), acc, OPERAND, PRECISION, False)
+        acc = dot(lhs, low.to(OPERAND), acc, OPERAND, PRECISION, False, TURN)
         rhs = high
     lhs, rhs = lhs.to(OPERAND), rhs.to(OPERAND)
     if INTERPRET:
         lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
+    if TURN:
+        lhs, rhs = tl.trans(rhs), tl.trans(lhs)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def skinny_item(
+    l_ptr, r_ptr, out_ptr, l_desc,
+    row_start, col_start, rows, cols, depth,
+    l_row, l_depth, r_depth, r_col, out_row, out_col,  # strides
+    factor, threshold, key_low, key_high,
+    PRECISION: tl.constexpr, DROP: tl.constexpr,
+    BL: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, L_FLIP: tl.constexpr = False,
+):  # fmt: skip
+    """Write the tile `factor·drop(L)·Rt` at (row_start, col_start) of out[rows, cols].
+
+    wgmma takes a left operand that was computed, as a masked one is, from registers, and Triton
+    before 3.9 lets the next step of the loop overwrite them while wgmma still reads; the right
+    operand always goes through shared memory. So a masked L is multiplied from the right. Not
+    beside a wider Rt: it is split in every step, which then waits for wgmma to end.
+    """
+    OPERAND: tl.constexpr = l_ptr.dtype.element_ty
+    TURN: tl.constexpr = DROP != KEEP_ALL and r_ptr.dtype.element_ty == OPERAND
+    acc = contract(
+        tl.zeros((BC, BL) if TURN else (BL, BC), tl.float32), l_ptr, r_ptr, l_desc, None,
+        row_start, col_start, rows, cols, depth,
+        l_row, l_depth, r_depth, r_col, threshold, key_low, key_high,
+        OPERAND, PRECISION, True, DROP, BD, L_FLIP=L_FLIP, TURN=TURN,
+    )  # fmt: skip
+    acc *= factor
+    if TURN:
+        store(out_ptr, acc, col_start, row_start, cols, rows, out_col, out_row)
+    else:
+        store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col)
 
 
 @triton.jit

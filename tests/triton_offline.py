@@ -130,6 +130,7 @@ def facts(compiled: Any) -> dict[str, Any]:
         "tma": "UTMALDG" in sass,
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         "from_registers": from_registers(ptx),
+        "unfenced": unfenced(ptx),
         "releases": published(ptx),
         "acquires": len(re.findall(r"\bld\.global\.gpu\.acquire\b", ptx)),
         "dots": sorted(set(DOT.findall(compiled.asm["ttir"]))),
@@ -154,6 +155,27 @@ def from_registers(ptx: str) -> dict[str, int]:
         elif re.search(r"^\$L__BB|\bbra\b|\bret;", line):
             found["in flight"] += pending
             pending = 0
+    return found
+
+
+def unfenced(ptx: str) -> int:
+    """Count the asynchronous products that may miss what ordinary instructions wrote for them.
+
+    Between the arrival of cp.async, or a store to shared memory in the same block, and wgmma or
+    tcgen05 there must be a fence of the asynchronous proxy.
+    """
+    found, copied, stored = 0, False, False
+    for line in ptx.splitlines():
+        if "cp.async.wait_group" in line:
+            copied = True
+        elif re.search(r"\b(?:st\.shared|stmatrix)\b", line):
+            stored = True
+        elif "fence.proxy.async" in line:
+            copied = stored = False
+        elif line.startswith("$L__BB"):
+            stored = False
+        elif re.search(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", line):
+            found += copied or stored
     return found
 
 

@@ -6,6 +6,7 @@ Importing this module imports no Triton; the kernels load with the first call.
 import functools
 import importlib.metadata
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ from lora_kernels.qualify import choose
 DEBUG = os.environ.get("LORA_KERNELS_DEBUG") == "1"
 
 OLDEST = (3, 6)
+# Before it, no fence stands between cp.async and tcgen05, and none can be put there from outside:
+# it crashes the pipeliner. (On Hopper `primitives.proxy_fence` does it.)
+OLDEST_ON_TCGEN05 = (3, 8)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,6 +47,11 @@ def why_not(problem: Problem) -> str | None:
         return f"it needs a CUDA device, not {problem.device}"
     if problem.arch is not None and problem.arch < 80:
         return f"it needs compute capability 8.0 or newer, not {problem.arch / 10}"
+    if problem.arch is not None and 100 <= problem.arch < 120 and version < OLDEST_ON_TCGEN05:
+        return (
+            f"Triton {'.'.join(map(str, version))} orders shared memory wrongly on compute "
+            f"capability {problem.arch / 10}; 3.8 is the first that does not"
+        )
     if problem.dtype not in DTYPES:
         return f"{problem.dtype} is not supported".replace("torch.", "")
     if max(problem.m, problem.n, problem.k, problem.r) >= 2**30:
@@ -289,4 +298,4 @@ def _version() -> tuple[int, ...] | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

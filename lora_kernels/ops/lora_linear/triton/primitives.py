@@ -5,8 +5,10 @@
 import triton
 import triton.language as tl
 from triton.language.random import philox_impl
+from triton.language.target_info import cuda_capability_geq
 
 from lora_kernels.ops.lora_linear import schedule
+from lora_kernels.ops.lora_linear.triton import OLDEST, _version
 
 # The interpreter's dot is wrong on bf16 operands; compiled code never sees the branch on this.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -16,6 +18,9 @@ ALL_READY = tl.constexpr(schedule.ALL_READY)
 READY = tl.constexpr(schedule.READY)
 # Spins before a debug build gives up: seconds on a GPU. One program alone never waits.
 PATIENCE = tl.constexpr(2 if triton.knobs.runtime.interpret else 1 << 22)
+
+# Triton before 3.7.1 lets wgmma read what cp.async wrote without a fence between the two.
+FENCE = tl.constexpr(not INTERPRET and (_version() or OLDEST) < (3, 7, 1))
 
 # How `contract` masks its left operand: not, or as drop(x)[m,k] with m the row or the depth.
 KEEP_ALL = tl.constexpr(0)
@@ -75,6 +80,8 @@ def contract(
         elif DROP == DROP_DEPTH_IS_M:
             keep = keep_tile(start + d, row_start, threshold, key_low, key_high, BL)
             lhs = tl.where(tl.trans(keep), lhs, 0.0)
+        if FENCE and (l_desc is None or r_desc is None):
+            proxy_fence()
         acc = dot(lhs, rhs, acc, OPERAND, PRECISION, EXACT, TURN)
         l_ptrs += l_step
         r_ptrs += r_step
@@ -103,6 +110,16 @@ def dot(
     if TURN:
         lhs, rhs = tl.trans(rhs), tl.trans(lhs)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def proxy_fence():
+    """Let wgmma, which Hopper alone has, see what this thread knows to be in shared memory."""
+    if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -23,7 +23,16 @@ from lora_kernels.ops.lora_linear.triton import (
     forward_kernel,
     primitives,
 )
-from lora_kernels.testing import CASES, Case, Inputs, check_backend, make_inputs, run_backend
+from lora_kernels.testing import (
+    CASES,
+    FROZEN_CASES,
+    Case,
+    Inputs,
+    check_backend,
+    check_frozen,
+    make_inputs,
+    run_backend,
+)
 
 # Small enough that every case has several blocks of everything.
 SMALL = TileConfig(32, 32, 32, warps=4, stages=2, br=16, group=2)
@@ -122,13 +131,9 @@ def test_a_seed_in_device_memory_gives_the_same_key() -> None:
         assert out.tolist() == [seed & LOW, seed >> 32]
 
 
-def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(small: None) -> None:
-    case = Case(40, 50, 60, 20, bias=True)
-    call = make_inputs(case).forward(case)
-    y, _ = backend.forward(call._replace(lora_b=torch.zeros_like(call.lora_b), scaling=3.0))
-    a, b = 0 * call.lora_a[:1], call.lora_b[:, :1]
-    frozen, _ = backend.forward(call._replace(lora_a=a, lora_b=b, scaling=1.0))
-    assert torch.equal(y, frozen)
+@pytest.mark.parametrize("case", FROZEN_CASES[::5], ids=str)
+def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(case: Case, small: None) -> None:
+    check_frozen(backend.BACKEND, case._replace(m=33, n=40, k=34))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -296,6 +301,13 @@ MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
     "first dx block twice": (backward_kernel, "tile", result(lambda t: (t[0] * 0, t[1]))),
     "P unscaled": (forward_kernel, "_p_item", with_argument(SCALE, lambda s: s * 0 + 1)),
     "Q unscaled": (backward_kernel, "_q_item", with_argument(SCALE, lambda s: s * 0 + 1)),
+    "x·Wᵀ not lowered": (forward_kernel, "_main_tile", with_argument(22, lambda s: s * 0 + 1)),
+    "y not raised": (forward_kernel, "_main_tile", with_argument(23, lambda s: s * 0 + 1)),
+    "dy·W not lowered": (backward_kernel, "_low_rank", with_argument(12, lambda s: s * 0 + 1)),
+    "dx not raised": (backward_kernel, "_low_rank", with_argument(13, lambda s: s * 0 + 1)),
+    "da and db not raised": (
+        backward_kernel, "_gradient_item", with_argument(12, lambda s: s * 0 + 1)
+    ),
     "mask of dx off by a row": (backward_kernel, "keep_tile", with_argument(0, lambda r: r + 1)),
     "mask of P and da off by a group": (primitives, "keep_tile", with_argument(1, lambda c: c + 8)),
     "mask inverted": (primitives, "keep_tile", result(lambda keep: keep == 0)),
@@ -303,7 +315,10 @@ MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
     "another seed backward": (backward_kernel, "philox_key", result(lambda k: (k[1], k[0]))),
     "workspace never cleared": (forward_kernel, "finish", nothing),
 }  # fmt: skip
-JUDGES = (Case(40, 50, 60, 20, dropout_p=0.5, bias=True), Case(40, 50, 60, 20))
+JUDGES = (
+    Case(40, 50, 60, 20, dropout_p=0.5, bias=True, scaling=3.0),
+    Case(40, 50, 60, 20, scaling=3.0),
+)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

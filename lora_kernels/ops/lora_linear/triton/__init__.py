@@ -199,7 +199,8 @@ def _launch(
             for t in operands
         ],
     )  # fmt: skip
-    numbers = (call.scale().factor, *_mask(call.dropout_p, seed, seed_ptr))
+    factor, power = call.scale()
+    numbers = (factor, 1 / power, power, *_mask(call.dropout_p, seed, seed_ptr))
     kept = _kept.get(key)
     with made_current(device):
         stream = current_stream(device)

@@ -1,6 +1,6 @@
 """The backward kernel: dx, da and db in one launch.
 
-`dx = dy·W + undrop(Q·A)`, `da = Qᵀ·drop(x)`, `db = dyᵀ·P`, where `Q = s·dy·B`.
+`dx = dy·W + 2ᵉ·keep(Q·A)`, `da = 2ᵉ·Qᵀ·keep(x)`, `db = 2ᵉ·dyᵀ·P`, where `Q = m·dy·B`.
 """
 
 # mypy: allow-untyped-defs
@@ -23,6 +23,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     store,
     take_ticket,
     tile,
+    times,
     wait,
 )  # fmt: skip
 
@@ -44,27 +45,28 @@ def _q_item(
 
 @triton.jit
 def _low_rank(
-    acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+    acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k, lower, upper,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Return `acc[BM, BN] + Q·A` once the Q of these rows is there."""
+    """Return `acc[BM, BN] + upper·Q·A`, `lower` being 1/upper, once the Q of these rows is there."""
     wait(workspace_ptr + READY + row // BM, tl.cdiv(r, BR), ticket, DEBUG)
-    return contract(
-        acc, q_ptr, a_ptr, None, None, row, col, m, k, r,
+    acc = contract(
+        times(acc, lower), q_ptr, a_ptr, None, None, row, col, m, k, r,
         r, 1, a_r, a_k, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BS,
     )  # fmt: skip
+    return times(acc, upper)
 
 
 @triton.jit
 def _dx_tile(
     item, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr, dx_ptr, workspace_ptr,
-    m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, threshold, key_low, key_high,
+    m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper, threshold, key_low, key_high,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write `dx[BM, BN] = dy·W + undrop(Q·A)`.
+    """Write `dx[BM, BN] = dy·W + upper·keep(Q·A)`.
 
     Dropout masks Q·A alone, so that it must come first; else it comes last, when Q is long there.
     """
@@ -74,7 +76,7 @@ def _dx_tile(
     acc = tl.zeros((BM, BN), tl.float32)
     if DROPOUT:
         acc = _low_rank(
-            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k, 1.0, upper,
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
         keep = keep_tile(row + tl.arange(0, BM), col, threshold, key_low, key_high, BN)
@@ -85,7 +87,7 @@ def _dx_tile(
     )  # fmt: skip
     if not DROPOUT:
         acc = _low_rank(
-            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k,
+            acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k, lower, upper,
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
     store(dx_ptr, acc, row, col, m, k, k, 1)
@@ -94,18 +96,18 @@ def _dx_tile(
 @triton.jit
 def _gradient_item(
     item, wide_ptr, wide_desc, narrow_ptr, out_ptr,
-    m, c, r, wide_m, wide_c, out_c, out_r, threshold, key_low, key_high,
+    m, c, r, wide_m, wide_c, out_c, out_r, upper, threshold, key_low, key_high,
     PRECISION: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Write `out[BK, BR] = wideᵀ·narrow`, summed over all of M in order: no other item adds to it.
+    """Write `out[BK, BR] = upper·wideᵀ·narrow`, over all of M in order: no other item adds to it.
 
-    db is `dyᵀ·P`; daᵀ is `drop(x)ᵀ·Q`, and the strides of `out` transpose it back.
+    db is `dyᵀ·P`; daᵀ is `keep(x)ᵀ·Q`, and the strides of `out` transpose it back.
     """
     column_block, rank_tile = skinny(item, tl.cdiv(r, BR))
     skinny_item(
         wide_ptr, narrow_ptr, out_ptr, wide_desc, column_block * BK, rank_tile * BR, c, r, m,
-        wide_c, wide_m, r, 1, out_c, out_r, 1.0, threshold, key_low, key_high,
+        wide_c, wide_m, r, 1, out_c, out_r, upper, threshold, key_low, key_high,
         PRECISION, DROP, BK, BR, BM, L_FLIP=True,
     )  # fmt: skip
 
@@ -120,7 +122,7 @@ def lora_linear_backward(
     dy_desc, x_desc, w_desc, seed_ptr, workspace_ptr,
     q_end, db_end, dx_end, end, m, n, k, r,
     dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
-    scale, threshold, key_low, key_high,
+    scale, lower, upper, threshold, key_low, key_high,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -142,20 +144,21 @@ def lora_linear_backward(
         elif ticket < db_end:
             _gradient_item(
                 ticket - q_end, dy_ptr, dy_desc, p_ptr, db_ptr,
-                m, n, r, dy_m, dy_n, r, 1, 0, 0, 0, PRECISION, KEEP_ALL, BM, BK, BR,
+                m, n, r, dy_m, dy_n, r, 1, upper, 0, 0, 0, PRECISION, KEEP_ALL, BM, BK, BR,
             )  # fmt: skip
         elif ticket < dx_end:
             _dx_tile(
                 ticket - db_end, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr,
                 dx_ptr, workspace_ptr,
-                m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, threshold, key_low, key_high,
+                m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper,
+                threshold, key_low, key_high,
                 DROPOUT, PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
             )  # fmt: skip
         else:
             wait(workspace_ptr + ALL_READY, q_end, ticket, DEBUG)
             _gradient_item(
                 ticket - dx_end, x_ptr, x_desc, q_ptr, da_ptr,
-                m, k, r, x_m, x_k, 1, k, threshold, key_low, key_high,
+                m, k, r, x_m, x_k, 1, k, upper, threshold, key_low, key_high,
                 PRECISION, DROP, BM, BK, BR,
             )  # fmt: skip
         ticket = take_ticket(workspace_ptr)

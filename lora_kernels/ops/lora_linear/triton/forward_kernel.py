@@ -1,4 +1,4 @@
-"""The forward kernel: `y = x·Wᵀ + P·Bᵀ (+ bias)` and `P = s·drop(x)·Aᵀ` in one launch."""
+"""The forward kernel: `y = x·Wᵀ + 2ᵉ·P·Bᵀ (+ bias)` and `P = m·keep(x)·Aᵀ` in one launch."""
 
 # mypy: allow-untyped-defs
 
@@ -18,6 +18,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     store,
     take_ticket,
     tile,
+    times,
     wait,
 )  # fmt: skip
 
@@ -29,7 +30,7 @@ def _p_item(
     DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Write `P[BM, BR] = scale·drop(x)·Aᵀ` and release the flag of its rows."""
+    """Write `P[BM, BR] = scale·keep(x)·Aᵀ` and release the flag of its rows."""
     row_block, rank_tile = skinny(item, tl.cdiv(r, BR))
     skinny_item(
         x_ptr, a_ptr, p_ptr, x_desc, row_block * BM, rank_tile * BR, m, r, k,
@@ -41,12 +42,15 @@ def _p_item(
 @triton.jit
 def _main_tile(
     item, ticket, x_ptr, w_ptr, x_desc, w_desc, b_ptr, bias_ptr, p_ptr, y_ptr, workspace_ptr,
-    m, n, k, r, x_m, x_k, w_n, w_k, b_n, b_r, bias_n,
+    m, n, k, r, x_m, x_k, w_n, w_k, b_n, b_r, bias_n, lower, upper,
     PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write `y[BM, BN] = x·Wᵀ + P·Bᵀ (+ bias)`; P is awaited only once x·Wᵀ is done."""
+    """Write `y[BM, BN] = x·Wᵀ + upper·P·Bᵀ (+ bias)`; P is awaited only once x·Wᵀ is done.
+
+    The accumulator is lowered for the rank loop, `lower` being 1/upper, and raised after it: exact.
+    """
     OPERAND: tl.constexpr = x_ptr.dtype.element_ty
     row_block, column_block = tile(item, tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
     row, col = row_block * BM, column_block * BN
@@ -56,9 +60,10 @@ def _main_tile(
     )  # fmt: skip
     wait(workspace_ptr + READY + row_block, tl.cdiv(r, BR), ticket, DEBUG)
     acc = contract(
-        acc, p_ptr, b_ptr, None, None, row, col, m, n, r,
+        times(acc, lower), p_ptr, b_ptr, None, None, row, col, m, n, r,
         r, 1, b_r, b_n, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BS,
     )  # fmt: skip
+    acc = times(acc, upper)
     if bias_ptr is not None:
         i = col + tl.arange(0, BN)
         bias = tl.load(bias_ptr + i.to(tl.int64) * bias_n, mask=i < n, other=0.0)  # [BN]
@@ -72,7 +77,7 @@ def lora_linear_forward(
     x_desc, w_desc, seed_ptr, workspace_ptr,
     p_end, end, m, n, k, r,
     x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r, bias_n,
-    scale, threshold, key_low, key_high,
+    scale, lower, upper, threshold, key_low, key_high,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -95,7 +100,7 @@ def lora_linear_forward(
             _main_tile(
                 ticket - p_end, ticket, x_ptr, w_ptr, x_desc, w_desc, b_ptr, bias_ptr, p_ptr, y_ptr,
                 workspace_ptr,
-                m, n, k, r, x_m, x_k, w_n, w_k, b_n, b_r, bias_n,
+                m, n, k, r, x_m, x_k, w_n, w_k, b_n, b_r, bias_n, lower, upper,
                 PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
             )  # fmt: skip
         ticket = take_ticket(workspace_ptr)

@@ -113,6 +113,14 @@ def dot(
 
 
 @triton.jit
+def times(acc, power):
+    """Return `acc·power` for a power of two, mostly 1: then it costs a branch."""
+    if power != 1.0:
+        acc *= power
+    return acc
+
+
+@triton.jit
 def proxy_fence():
     """Let wgmma, which Hopper alone has, see what this thread knows to be in shared memory."""
     if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):

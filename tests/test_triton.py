@@ -152,6 +152,17 @@ def check_code(arch: int, this: dict[str, Any], found: dict[str, Any], c: TileCo
     assert found["stack"] <= (450 if tensor_cores else 200)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_rank_of_8_moves_16_bytes_at_a_time(direction: str, tmp_path: Path) -> None:
+    problems = [Problem(8192, 4096, 4096, r, bias=True, arch=90) for r in (8, 16, 12)]
+    jobs = [job(direction, problem, pick(problem)) for problem in problems]
+    eight, sixteen, twelve = offline(jobs, tmp_path)
+    for count in ("two_byte_loads", "wide_copies"):
+        assert eight[count] == sixteen[count]
+    assert eight["two_byte_loads"] <= 1 < twelve["two_byte_loads"]  # the bias
+    assert eight["wide_copies"] > twelve["wide_copies"]
+
+
 def test_sizes_and_scaling_do_not_compile_anew(tmp_path: Path) -> None:
     ((variants),) = offline([{"kind": "variants", "arch": 90}], tmp_path)
     assert variants == {"forward": 1, "backward": 1}

@@ -308,6 +308,7 @@ MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
     "da and db not raised": (
         backward_kernel, "_gradient_item", with_argument(12, lambda s: s * 0 + 1)
     ),
+    "R = 20 in eights": (backend, "in_eights", lambda _: lambda *_: True),
     "mask of dx off by a row": (backward_kernel, "keep_tile", with_argument(0, lambda r: r + 1)),
     "mask of P and da off by a group": (primitives, "keep_tile", with_argument(1, lambda c: c + 8)),
     "mask inverted": (primitives, "keep_tile", result(lambda keep: keep == 0)),

@@ -127,6 +127,8 @@ def facts(compiled: Any) -> dict[str, Any]:
         ),
         "shared": compiled.metadata.shared,
         "mma": sorted({".".join(i.split(".")[:2]) for i in MMA.findall(sass)}),
+        "two_byte_loads": len(re.findall(r"\bLDG\.E\.U16\b", sass)),
+        "wide_copies": len(re.findall(r"\bcp\.async\.\w+\.shared\.global\S* .*, 0x10", ptx)),
         "tma": "UTMALDG" in sass,
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         "from_registers": from_registers(ptx),

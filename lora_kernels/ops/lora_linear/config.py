@@ -73,6 +73,14 @@ _32_BIT = (
 )
 
 
+def in_eights(r: int, pitch: int) -> bool:
+    """Return whether rows of R and of `pitch` elements start at 16 bytes, if the first one does.
+
+    Triton itself specialises on multiples of 16 alone, and R = 8 would move 2 bytes at a time.
+    """
+    return r % 8 == 0 and pitch % 8 == 0
+
+
 def candidates(problem: Problem) -> Iterator[TileConfig]:
     """Yield the configurations to consider for `problem`, largest tiles first."""
     br = next((t for t in RANK_TILES if problem.r <= t), RANK_TILES[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import schedule
-from lora_kernels.ops.lora_linear.config import TileConfig, pick
+from lora_kernels.ops.lora_linear.config import TileConfig, in_eights, pick
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
@@ -116,9 +116,9 @@ def _plan_forward(call: Forward, tensors: Sequence[Any]) -> _Plan:
     strides = [s for t in call[:4] for s in t.stride()]
     bias_n = 0 if call.bias is None else call.bias.stride(0)
     blocks = (c.bm, c.bk), (c.bn, c.bk)
-    return _plan(
-        lora_linear_forward, c, problem, tensors, blocks, ends, (m, n, k, r, *strides, bias_n)
-    )
+    eights = in_eights(r, call.lora_b.stride(0))
+    sizes = m, n, k, r, *strides, bias_n
+    return _plan(lora_linear_forward, c, problem, tensors, blocks, ends, sizes, eights)
 
 
 def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
@@ -129,7 +129,9 @@ def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
     ends = schedule.backward_ends(m, n, k, r, c.bm, c.bn, c.bk, c.br, *call.needs)
     strides = [s for t in tensors[:5] for s in t.stride()]
     blocks = (c.bm, c.bk), (c.bm, c.bk), (c.bk, c.bn)
-    return _plan(lora_linear_backward, c, problem, tensors, blocks, ends, (m, n, k, r, *strides))
+    eights = in_eights(r, tensors[4].stride(0))
+    sizes = m, n, k, r, *strides
+    return _plan(lora_linear_backward, c, problem, tensors, blocks, ends, sizes, eights)
 
 
 def _plan(
@@ -140,6 +142,7 @@ def _plan(
     blocks: Sequence[tuple[int, int]],
     ends: Sequence[int],
     sizes: Sequence[int],
+    eights: bool,
 ) -> _Plan:
     """Return the plan of a launch that reads its first tensors by `blocks`."""
     debug = DEBUG
@@ -151,8 +154,8 @@ def _plan(
         (*ends, *sizes),
         _descriptors(tensors, blocks, problem),
         {
-            "DROPOUT": problem.dropout, "PRECISION": _precision(problem.dtype), "DEBUG": debug,
-            "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs, "GROUP": c.group,
+            "DROPOUT": problem.dropout, "PRECISION": _precision(problem.dtype), "EIGHTS": eights,
+            "DEBUG": debug, "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs, "GROUP": c.group,
         },
         {
             "num_warps": c.warps, "num_stages": c.stages, "debug": debug,

@@ -123,7 +123,7 @@ def lora_linear_backward(
     q_end, db_end, dx_end, end, m, n, k, r,
     dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
     scale, lower, upper, threshold, key_low, key_high,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -133,6 +133,8 @@ def lora_linear_backward(
     strides. A gradient that is not needed has no tickets, and its pointer is not followed.
     """
     DROP: tl.constexpr = DROP_DEPTH_IS_M if DROPOUT else KEEP_ALL
+    if EIGHTS:  # the compiler learns that these are multiples of 8 (`config.in_eights`)
+        r, b_n = r // 8 * 8, b_n // 8 * 8
     key_low, key_high = philox_key(seed_ptr, key_low, key_high)
     ticket = take_ticket(workspace_ptr)
     while ticket < end:

@@ -78,7 +78,7 @@ def lora_linear_forward(
     p_end, end, m, n, k, r,
     x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r, bias_n,
     scale, lower, upper, threshold, key_low, key_high,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -87,6 +87,8 @@ def lora_linear_forward(
     y[M,N] and p[M,R] are contiguous, every other operand may have any strides.
     """
     DROP: tl.constexpr = DROP_ROW_IS_M if DROPOUT else KEEP_ALL
+    if EIGHTS:  # the compiler learns that these are multiples of 8 (`config.in_eights`)
+        r, b_n = r // 8 * 8, b_n // 8 * 8
     key_low, key_high = philox_key(seed_ptr, key_low, key_high)
     ticket = take_ticket(workspace_ptr)
     while ticket < end:

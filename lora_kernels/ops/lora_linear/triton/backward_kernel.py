@@ -15,6 +15,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     READY,
     contract,
     finish,
+    here,
     keep_tile,
     philox_key,
     publish,
@@ -79,7 +80,9 @@ def _dx_tile(
             acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k, 1.0, upper,
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
-        keep = keep_tile(row + tl.arange(0, BM), col, threshold, key_low, key_high, BN)
+        keep = keep_tile(
+            row + tl.arange(0, BM), col, threshold, here(key_low), here(key_high), BN
+        )  # fmt: skip
         acc = tl.where(keep, acc, 0.0)
     acc = contract(
         acc, dy_ptr, w_ptr, dy_desc, w_desc, row, col, m, k, n,

@@ -120,10 +120,16 @@ def times(acc, power):
     return acc
 
 
+@triton.constexpr_function
+def asynchronous():
+    """Return whether products run beside the instructions that follow: wgmma and tcgen05."""
+    return cuda_capability_geq(9, 0) and not cuda_capability_geq(12, 0)
+
+
 @triton.jit
 def proxy_fence():
     """Let wgmma, which Hopper alone has, see what this thread knows to be in shared memory."""
-    if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+    if asynchronous() and not cuda_capability_geq(10, 0):
         tl.inline_asm_elementwise(
             "fence.proxy.async.shared::cta; mov.u32 $0, 0;", "=r", [],
             dtype=tl.int32, is_pure=False, pack=1,
@@ -147,7 +153,10 @@ def skinny_item(
     beside a wider Rt: it is split in every step, which then waits for wgmma to end.
     """
     OPERAND: tl.constexpr = l_ptr.dtype.element_ty
-    TURN: tl.constexpr = DROP != KEEP_ALL and r_ptr.dtype.element_ty == OPERAND
+    MASKED: tl.constexpr = DROP != KEEP_ALL and r_ptr.dtype.element_ty == OPERAND
+    TURN: tl.constexpr = MASKED and (INTERPRET or asynchronous())
+    if DROP != KEEP_ALL:
+        key_low, key_high = here(key_low), here(key_high)
     acc = contract(
         tl.zeros((BC, BL) if TURN else (BL, BC), tl.float32), l_ptr, r_ptr, l_desc, None,
         row_start, col_start, rows, cols, depth,
@@ -194,6 +203,20 @@ def philox_key(seed_ptr, key_low, key_high):
         seed = tl.load(seed_ptr)
         key_low, key_high = seed & 0xFFFFFFFF, seed >> 32
     return key_low.to(tl.uint32), key_high.to(tl.uint32)
+
+
+@triton.jit
+def here(word):
+    """Return `word`, but let nothing derived from it be computed before this point.
+
+    The round keys of the dropout mask are the same for all items: hoisted out of the loop over
+    tickets, they take the registers of the loops that need no mask.
+    """
+    if not INTERPRET:
+        word = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [word], dtype=tl.uint32, is_pure=False, pack=1
+        )
+    return word
 
 
 @triton.jit

@@ -339,7 +339,7 @@ def test_a_wait_in_vain_is_reported(
 ) -> None:
     check_judges()
     assert "waits in vain" not in capsys.readouterr().out
-    monkeypatch.setattr(module, "publish", lambda *_: None)
+    monkeypatch.setattr(module, "publish", lambda *_, **__: None)
     check_judges()
     assert "lora_linear waits in vain, item" in capsys.readouterr().out
 

@@ -45,32 +45,54 @@ class TileConfig:
         """CTAs worth launching per multiprocessor: its registers hold 8 warps of these kernels."""
         return max(8 // self.warps, 1)
 
-    def shared_bytes(self, itemsize: int, adapter_itemsize: int) -> int:
-        """Return the shared memory that the pipelined loops take: `stages` blocks of two operands.
+    def shared_bytes(self, problem: Problem, *, backward: bool = False, tf32: bool = False) -> int:
+        """Return the shared memory that the loops take, of which the largest counts.
 
-        The largest of the main or dx tile, the P or Q item and the da or db item.
+        Each holds some blocks of both operands; an item also the one it masks or splits in two.
         """
-        wide = self.bm * self.bk * itemsize
-        main = wide + self.bn * self.bk * itemsize
-        narrow = wide + max(self.bm, self.bk) * self.br * adapter_itemsize
-        return self.stages * max(main, narrow)
+        wide, narrow = problem.dtype.itemsize, problem.adapter_dtype.itemsize
+        # wgmma and tcgen05 read a block where it is, mma from registers: one fewer is held.
+        held = _asynchronous(problem) and self.bm >= 64 and (wide == 2 or tf32)
+        blocks = self.stages if held else self.stages - 1
+        left = self.bm * self.bk * wide
+        right = (max(self.bm, self.bk) if backward else self.bk) * self.br
+        item = blocks * (left + right * narrow)
+        if narrow > wide:
+            item += 2 * right * wide
+        elif problem.dropout and held:
+            item += left
+        return max(blocks * (left + self.bn * self.bk * wide), item)
 
 
 # Largest first: the fewer bytes a tile loads per product, the better, if there are tiles enough.
-_16_BIT = (
-    TileConfig(128, 256, 64, warps=8, stages=4),
-    TileConfig(128, 128, 64, warps=8, stages=3),
-    TileConfig(128, 128, 32, warps=8, stages=3),
+_SMALL = (
     TileConfig(64, 128, 64, warps=4, stages=3),
     TileConfig(64, 64, 64, warps=4, stages=3),
-    TileConfig(16, 64, 64, warps=4, stages=4),
+    TileConfig(16, 32, 256, warps=4, stages=4),  # few rows: bytes in flight are what counts
 )
-# Without tensor cores, unless TF32 is on; longer blocks do not fit the registers.
-_32_BIT = (
+_WGMMA = (
+    TileConfig(128, 256, 64, warps=8, stages=4, group=16),
+    TileConfig(128, 128, 64, warps=4, stages=3),
+    *_SMALL,
+)
+_TCGEN05 = (
+    TileConfig(128, 256, 64, warps=8, stages=4, group=16),
+    TileConfig(128, 128, 64, warps=8, stages=3),
+    *_SMALL,
+)
+_MMA = (
+    TileConfig(128, 256, 64, warps=8, stages=3, group=16),
+    TileConfig(128, 128, 32, warps=4, stages=4),
+    TileConfig(128, 128, 64, warps=8, stages=3),
+    *_SMALL,
+)
+# Without tensor cores longer blocks do not fit the registers.
+_FMA = (
     TileConfig(128, 64, 16, warps=8, stages=3),
     TileConfig(64, 64, 16, warps=4, stages=3),
     TileConfig(16, 64, 32, warps=4, stages=3),
 )
+_TF32 = (TileConfig(128, 128, 32, warps=8, stages=3), *_FMA[1:])
 
 
 def in_eights(r: int, pitch: int) -> bool:
@@ -81,40 +103,71 @@ def in_eights(r: int, pitch: int) -> bool:
     return r % 8 == 0 and pitch % 8 == 0
 
 
-def candidates(problem: Problem) -> Iterator[TileConfig]:
-    """Yield the configurations to consider for `problem`, largest tiles first."""
+def candidates(
+    problem: Problem, *, backward: bool = False, tf32: bool = False
+) -> Iterator[TileConfig]:
+    """Yield the configurations to consider for one direction of `problem`, largest tiles first."""
+    sizes: tuple[TileConfig, ...]
+    if problem.dtype.itemsize == 4:
+        # da masks a block of x in registers: beside 128 columns, 584 bytes of stack.
+        sizes = _TF32 if tf32 and not (backward and problem.dropout) else _FMA
+    elif _tcgen05(problem):
+        sizes = _TCGEN05
+    else:
+        sizes = _WGMMA if _asynchronous(problem) else _MMA
     br = next((t for t in RANK_TILES if problem.r <= t), RANK_TILES[-1])
     if problem.adapter_dtype.itemsize == 4:
         br = min(br, 32)  # fp32, on the FMA units or split in two, takes twice the registers
-    blackwell = problem.arch is not None and 100 <= problem.arch < 120
-    if blackwell and (problem.dropout or problem.dtype.itemsize == 4):
-        # Wider, one register of a loop is spilled: making the mask, or in TF32 by Triton 3.6.
-        br = min(br, 32 if problem.dtype.itemsize == 2 else 16)
-    for config in _16_BIT if problem.dtype.itemsize == 2 else _32_BIT:
-        # With tcgen05 the accumulators of 256 columns leave too few registers: the loops spill.
-        if not (blackwell and config.bn == 256):
-            yield dataclasses.replace(config, br=br)
+    if problem.dropout and (_tcgen05(problem) or problem.dtype.itemsize == 4):
+        br = min(br, 64 // problem.dtype.itemsize)  # wider, making the mask spills
+    for config in sizes:
+        if not _spills(config, problem, br, backward):
+            # Blocks of 256 leave little room for the narrow operand's.
+            most = RANK_TILES[-1] if config.bk <= 64 else 64 // problem.adapter_dtype.itemsize
+            yield dataclasses.replace(config, br=min(br, most))
 
 
-def fits(config: TileConfig, problem: Problem) -> bool:
+def _spills(config: TileConfig, problem: Problem, br: int, backward: bool) -> bool:
+    """Return whether the loops of `config` are known to spill registers beside the tensor cores."""
+    if problem.arch == 90 or problem.dtype.itemsize == 4:
+        return False
+    if config.bn == 256:  # the backward's items, and the mask, leave it too few registers
+        return backward or (problem.dropout and not _tcgen05(problem))
+    many = problem.dropout or br > 32 or problem.adapter_dtype.itemsize == 4
+    return config.bm == 128 and config.warps == 4 and backward and many
+
+
+def fits(
+    config: TileConfig, problem: Problem, *, backward: bool = False, tf32: bool = False
+) -> bool:
     """Return whether the device has the shared memory that `config` takes."""
     limit = SHARED_KIB.get(problem.arch or 0, LEAST_SHARED_KIB) * 1024
-    taken = config.shared_bytes(problem.dtype.itemsize, problem.adapter_dtype.itemsize)
+    taken = config.shared_bytes(problem, backward=backward, tf32=tf32)
     return taken + 1024 <= limit  # 1 KiB for the barriers
 
 
 @functools.lru_cache(maxsize=4096)
-def pick(problem: Problem, *, backward: bool = False) -> TileConfig:
-    """Return the configuration for one direction of `problem`.
+def pick(problem: Problem, *, backward: bool = False, tf32: bool = False) -> TileConfig:
+    """Return the configuration for one direction of `problem`, fp32 multiplied as TF32 or not.
 
     The largest tiles that fit, are no taller than M demands, and number at least `BUSY`; if no
     size gives that many, the smallest.
     """
     columns = problem.k if backward else problem.n
     config = None
-    for config in candidates(problem):
+    for config in candidates(problem, backward=backward, tf32=tf32):
         few = -(-problem.m // config.bm) * -(-columns // config.bn) < BUSY
-        if fits(config, problem) and not few and config.bm < 2 * max(problem.m, 8):
+        fit = fits(config, problem, backward=backward, tf32=tf32)
+        if fit and not few and config.bm < 2 * max(problem.m, 8):
             return config
     assert config is not None
     return config
+
+
+def _asynchronous(problem: Problem) -> bool:
+    """Return whether products run beside the instructions that follow: wgmma and tcgen05."""
+    return problem.arch is not None and 90 <= problem.arch < 120
+
+
+def _tcgen05(problem: Problem) -> bool:
+    return _asynchronous(problem) and problem.arch != 90

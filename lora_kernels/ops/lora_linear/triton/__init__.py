@@ -111,7 +111,7 @@ def _plan_forward(call: Forward, tensors: Sequence[Any]) -> _Plan:
 
     (m, k), (n, _), r = call.x.shape, call.weight.shape, call.lora_a.shape[0]
     problem = call.problem()
-    c = pick(problem)
+    c = pick(problem, tf32=_precision(problem.dtype) == "tf32")
     ends = schedule.forward_ends(m, n, r, c.bm, c.bn, c.br)
     strides = [s for t in call[:4] for s in t.stride()]
     bias_n = 0 if call.bias is None else call.bias.stride(0)
@@ -125,7 +125,7 @@ def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
     from lora_kernels.ops.lora_linear.triton.backward_kernel import lora_linear_backward
 
     problem, (m, n, k, r) = call.problem(), call.sizes()
-    c = pick(problem, backward=True)
+    c = pick(problem, backward=True, tf32=_precision(problem.dtype) == "tf32")
     ends = schedule.backward_ends(m, n, k, r, c.bm, c.bn, c.bk, c.br, *call.needs)
     strides = [s for t in tensors[:5] for s in t.stride()]
     blocks = (c.bm, c.bk), (c.bm, c.bk), (c.bk, c.bn)

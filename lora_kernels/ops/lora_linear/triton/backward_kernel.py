@@ -41,7 +41,7 @@ def _q_item(
         dy_ptr, b_ptr, q_ptr, dy_desc, row_block * BM, rank_tile * BR, m, r, n,
         dy_m, dy_n, b_n, b_r, r, 1, scale, 0, 0, 0, PRECISION, KEEP_ALL, BM, BR, BK,
     )  # fmt: skip
-    publish(workspace_ptr, row_block)
+    publish(workspace_ptr, row_block, COUNT_ALL=True)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _low_rank(
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Return `acc[BM, BN] + upper·Q·A`, `lower` being 1/upper, once the Q of these rows is there."""
+    """Return `acc[BM, BN] + upper·Q·A` once the Q of these rows is there; `lower` is 1/upper."""
     wait(workspace_ptr + READY + row // BM, tl.cdiv(r, BR), ticket, DEBUG)
     acc = contract(
         times(acc, lower), q_ptr, a_ptr, None, None, row, col, m, k, r,

@@ -36,7 +36,7 @@ def _p_item(
         x_ptr, a_ptr, p_ptr, x_desc, row_block * BM, rank_tile * BR, m, r, k,
         x_m, x_k, a_k, a_r, r, 1, scale, threshold, key_low, key_high, PRECISION, DROP, BM, BR, BK,
     )  # fmt: skip
-    publish(workspace_ptr, row_block)
+    publish(workspace_ptr, row_block, COUNT_ALL=False)
 
 
 @triton.jit

@@ -226,12 +226,13 @@ def take_ticket(workspace_ptr):
 
 
 @triton.jit
-def publish(workspace_ptr, row_block):
-    """Tell the readers of a row block that one more rank tile of its P or Q is in memory."""
+def publish(workspace_ptr, row_block, COUNT_ALL: tl.constexpr):
+    """Tell the readers of a row block, or of all, that one more tile of P or Q is in memory."""
     # Without the barrier Triton 3.6 lets thread 0 release before the other threads have stored.
     tl.debug_barrier()
     tl.atomic_add(workspace_ptr + READY + row_block, 1, sem="release")
-    tl.atomic_add(workspace_ptr + ALL_READY, 1, sem="release")
+    if COUNT_ALL:
+        tl.atomic_add(workspace_ptr + ALL_READY, 1, sem="release")
 
 
 @triton.jit

@@ -227,6 +227,7 @@ def test_large_problems_get_the_largest_tiles_that_do_not_spill() -> None:
         assert size(arch=arch, dropout=True) == (128, 128, 32, 4)
         assert size(arch=arch, backward=True) == (128, 128, 32, 4)
         assert size(arch=arch, backward=True, dropout=True) == (128, 128, 64, 8)
+        assert size(arch=arch, dropout=True, adapter_dtype=fp32) == (128, 128, 32, 8)
         assert size(arch=arch, dtype=fp32, adapter_dtype=fp32, tf32=True) == (128, 128, 32, 8)
     assert size(dtype=fp32, adapter_dtype=fp32) == (128, 64, 16, 8)
 

@@ -59,9 +59,10 @@ class TileConfig:
         item = blocks * (left + right * narrow)
         if narrow > wide:
             item += 2 * right * wide
-        elif problem.dropout and held:
+        elif problem.dropout:
             item += left
-        return max(blocks * (left + self.bn * self.bk * wide), item)
+        step = max(self.bk * wide, self.bs * narrow)  # of the main loop and of the rank loop
+        return max(blocks * (self.bm + self.bn) * step, item)
 
 
 # Largest first: the fewer bytes a tile loads per product, the better, if there are tiles enough.
@@ -78,12 +79,14 @@ _WGMMA = (
 _TCGEN05 = (
     TileConfig(128, 256, 64, warps=8, stages=4, group=16),
     TileConfig(128, 128, 64, warps=8, stages=3),
+    TileConfig(128, 128, 32, warps=8, stages=4),
     *_SMALL,
 )
 _MMA = (
     TileConfig(128, 256, 64, warps=8, stages=3, group=16),
     TileConfig(128, 128, 32, warps=4, stages=4),
     TileConfig(128, 128, 64, warps=8, stages=3),
+    TileConfig(128, 128, 32, warps=8, stages=4),
     *_SMALL,
 )
 # Without tensor cores longer blocks do not fit the registers.
@@ -128,13 +131,20 @@ def candidates(
 
 
 def _spills(config: TileConfig, problem: Problem, br: int, backward: bool) -> bool:
-    """Return whether the loops of `config` are known to spill registers beside the tensor cores."""
-    if problem.arch == 90 or problem.dtype.itemsize == 4:
+    """Return whether the loops of `config` are known to spill registers beside the tensor cores.
+
+    Read off the code of Triton 3.6 and 3.9, whichever is worse (README.md, "Tile sizes").
+    """
+    masked, split = problem.dropout, problem.adapter_dtype.itemsize == 4
+    if problem.arch == 90 or problem.dtype.itemsize == 4 or config.bm < 128:
         return False
-    if config.bn == 256:  # the backward's items, and the mask, leave it too few registers
-        return backward or (problem.dropout and not _tcgen05(problem))
-    many = problem.dropout or br > 32 or problem.adapter_dtype.itemsize == 4
-    return config.bm == 128 and config.warps == 4 and backward and many
+    if config.bn == 256:
+        return backward or (masked and not _tcgen05(problem))
+    if config.warps == 8:
+        return masked and split and config.bk == 64
+    if backward:
+        return masked or split or br > 32
+    return masked and (split or br > 16)
 
 
 def fits(

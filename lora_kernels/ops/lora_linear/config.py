@@ -51,18 +51,20 @@ class TileConfig:
         Each holds some blocks of both operands; an item also the one it masks or splits in two.
         """
         wide, narrow = problem.dtype.itemsize, problem.adapter_dtype.itemsize
-        # wgmma and tcgen05 read a block where it is, mma from registers: one fewer is held.
-        held = _asynchronous(problem) and self.bm >= 64 and (wide == 2 or tf32)
-        blocks = self.stages if held else self.stages - 1
-        left = self.bm * self.bk * wide
-        right = (max(self.bm, self.bk) if backward else self.bk) * self.br
-        item = blocks * (left + right * narrow)
-        if narrow > wide:
-            item += 2 * right * wide
-        elif problem.dropout:
-            item += left
+
+        def blocks(rows: int) -> int:
+            # wgmma and tcgen05 read a block where it is, mma from registers: one fewer is held.
+            held = _asynchronous(problem) and rows >= 64 and (wide == 2 or tf32)
+            return self.stages if held else self.stages - 1
+
         step = max(self.bk * wide, self.bs * narrow)  # of the main loop and of the rank loop
-        return max(blocks * (self.bm + self.bn) * step, item)
+        loops = [blocks(self.bm) * (self.bm + self.bn) * step]
+        left = self.bm * self.bk * wide
+        for rows, depth in ((self.bm, self.bk), (self.bk, self.bm))[: 1 + backward]:
+            right = depth * self.br
+            made = 2 * right * wide if narrow > wide else left * problem.dropout
+            loops.append(blocks(rows) * (left + right * narrow) + made)
+        return max(loops)
 
 
 # Largest first: the fewer bytes a tile loads per product, the better, if there are tiles enough.
@@ -79,7 +81,6 @@ _WGMMA = (
 _TCGEN05 = (
     TileConfig(128, 256, 64, warps=8, stages=4, group=16),
     TileConfig(128, 128, 64, warps=8, stages=3),
-    TileConfig(128, 128, 32, warps=8, stages=4),
     *_SMALL,
 )
 _MMA = (

@@ -155,7 +155,8 @@ def _plan(
         _descriptors(tensors, blocks, problem),
         {
             "DROPOUT": problem.dropout, "PRECISION": _precision(problem.dtype), "EIGHTS": eights,
-            "DEBUG": debug, "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs, "GROUP": c.group,
+            "DEBUG": debug, "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs,
+            "GROUP": c.group,
         },
         {
             "num_warps": c.warps, "num_stages": c.stages, "debug": debug,

@@ -428,6 +428,26 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
     assert ran == ["cuda forward", "cuda backward", "reference forward", "reference backward"]
 
 
+@pytest.mark.parametrize(
+    ("m", "options", "name"),
+    [
+        (1, {}, "AddmmBackward0"),
+        (2, {}, "_LoRALinearBackward"),
+        (1, {"dropout_p": 0.5}, "_LoRALinearBackward"),
+    ],
+)
+def test_one_token_is_left_to_autograd(m: int, options: dict[str, float], name: str) -> None:
+    inputs = _with_grad(make_inputs(Case(m, 30, 40, 4)))
+    assert type(_call(inputs, **options).grad_fn).__name__ == name
+
+
+def test_one_token_is_left_to_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = reference.BACKEND._replace(name="cuda")
+    monkeypatch.setattr(op, "BACKENDS", (other, reference.BACKEND))
+    inputs = _with_grad(make_inputs(Case(1, 30, 40, 4)))
+    assert type(_call(inputs).grad_fn).__name__ == "_LoRALinearBackward"
+
+
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8)], ids=str)
 def test_the_output_may_be_modified_in_place(shape: tuple[int, ...]) -> None:
     inputs = make_inputs(Case(1, 6, 8, 3))

@@ -85,6 +85,18 @@ def backward(call: Backward) -> Gradients:
     return Gradients(dx, da, db)
 
 
+def compose(call: Forward) -> Tensor:
+    """Return y of one token, x (..., K) -> y (..., N), differentiable by autograd alone.
+
+    No dropout, one dtype; `y = x·Wᵀ (+ bias) + s·(x·Aᵀ)·Bᵀ`, s in the last product's fp32 sums.
+    """
+    x, weight, lora_a, lora_b, bias, *_ = call
+    row = x if x.dim() == 2 else x.reshape(1, -1)
+    y = F.linear(row, weight, bias)
+    y = y.addmm_(F.linear(row, lora_a), lora_b.t(), alpha=call.scaling)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
+
+
 BACKEND = Backend("reference", why_not, forward, backward)
 
 

@@ -43,15 +43,15 @@ def emulated() -> ModuleType:
     return _load(_emulated_folder())
 
 
-def mutated(folder: Path, file: str, old: str, new: str) -> ModuleType:
-    """Return the same with `old` replaced by `new` in a source, where bf16 forward sees it."""
+def mutated(folder: Path, unit: str, file: str, old: str, new: str) -> ModuleType:
+    """Return the same with `old` replaced by `new` in a source that lora_linear/`unit`.cu sees."""
     shutil.copytree(CSRC, folder / "csrc")
     source = folder / "csrc" / file
     text = source.read_text()
     assert old in text, f"{file} has changed: {old!r}"
     source.write_text(text.replace(old, new))
-    mutant = _compile_one(folder / "csrc/lora_linear/forward_bf16.cu", folder, "-O1")
-    others = [str(path) for path in _emulated_folder().glob("*.o") if path.stem != "forward_bf16"]
+    mutant = _compile_one(folder / f"csrc/lora_linear/{unit}.cu", folder, "-O1")
+    others = [str(path) for path in _emulated_folder().glob("*.o") if path.stem != unit]
     # The mutant comes first: of an inline function in several objects the linker takes the first.
     _run(["g++", "-shared", mutant, *others, "-o", str(folder / f"_C{SUFFIX}")])
     return _load(folder)

@@ -115,30 +115,41 @@ FAULTS = (
 )
 
 
-TILE, FORWARD = "lora_linear/tile_sm90.cuh", "lora_linear/forward_sm90.cuh"
-MUTANTS = {
+TILE = "lora_linear/tile_sm90.cuh"
+MUTANTS = {  # what is compiled anew, the file to change, and the change
+    "the rank in an address reaches the descriptor": (
+        "backward_bf16",
+        "common/layout.h",
+        " & 0x3FFFF",
+        "",
+    ),
     "P is not awaited": (
-        FORWARD,
+        "forward_bf16",
+        "lora_linear/forward_sm90.cuh",
         "  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());\n",
         "",
     ),
     "the flag comes before P is written": (
+        "forward_bf16",
         TILE,
         "tma_store_wait_written();\n      ptx::fence_acq_rel_gpu",
         "tma_store_wait_read<0>();\n      ptx::fence_acq_rel_gpu",
     ),
     "a stage is left while it is read": (
+        "forward_bf16",
         TILE,
         "    if (previous != 0) pipeline.release(previous);\n"
         "    previous = pipeline.stages.empty();",
         "    pipeline.release(pipeline.stages.empty());",
     ),
     "others fill a store panel before its reader is known to be done": (
+        "forward_bf16",
         TILE,
         "tma_store_wait_read<1>();\n      ptx::warpgroup_sync(1 + consumer());",
         "tma_store_wait_read<1>();",
     ),
     "products start before all threads have masked": (
+        "forward_bf16",
         TILE,
         "    ptx::warpgroup_sync(1 + consumer());\n    row += row_step",
         "    row += row_step",

@@ -29,12 +29,14 @@ LORA_DEVICE uint32_t chunk_address(uint32_t panel, int row, int chunk) {
 //   MN-major  ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)): SBO leads to the next 8 of K, LBO to
 //             the next 64 of M or N, which is the next panel.
 // A slice of 16 along K is 32 bytes further on in K-major, 16 rows of 128 bytes in MN-major.
+// Only 18 bits of an address belong here: on sm_90 a shared address carries its CTA's rank in the
+// cluster in bits 24 and up, which would land in the leading byte offset.
 template <Major kMajor>
 LORA_DEVICE uint64_t descriptor(uint32_t panels, int slice) {
   constexpr uint64_t kFixed = (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) |
                               (uint64_t{kMajor == Major::kMn ? kPanelBytes >> 4 : 1} << 16);
   constexpr uint32_t kSliceBytes = kMajor == Major::kMn ? kWgmmaK * 128 : kWgmmaK * 2;
-  return kFixed | ((panels + slice * kSliceBytes) >> 4);
+  return kFixed | ((panels + slice * kSliceBytes) & 0x3FFFF) >> 4;
 }
 
 }  // namespace lora

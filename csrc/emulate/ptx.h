@@ -26,20 +26,29 @@ inline void cluster_sync() {
   Machine::get().meet(first, 0, 384 * static_cast<int>(first.cluster.size()));
 }
 
-// Addresses of the cluster: the rank + 1 in the upper byte, 0 for this CTA's own.
-inline uint32_t in_cta(uint32_t address, int rank) { return address | (rank + 1u) << 24; }
+// Every shared address, this CTA's own too, names its CTA by the rank in bits 24 and up, as on
+// sm_90 (SASS makes the window's base of SR_CgaCtaId << 24).
+constexpr uint32_t kOffset = 0xFFFFFF;
+inline uint32_t in_cta(uint32_t address, uint32_t rank) { return (address & kOffset) | rank << 24; }
 inline emulate::Cta& cta_of(uint32_t address) {
-  emulate::Cta& own = Machine::cta();
-  emulate::Cta& cta = address >> 24 == 0 ? own : *own.cluster[(address >> 24) - 1];
+  emulate::Cta& cta = *Machine::cta().cluster[address >> 24];
   Machine::require(cta.unfinished == 384, "access to a CTA whose threads have begun to leave");
   return cta;
 }
 
-inline uint32_t dynamic_shared() { return emulate::kSharedStart; }
+// Where an address that must be this CTA's own lies in its shared memory.
+inline uint32_t own(uint32_t address) {
+  Machine::require(static_cast<int>(address >> 24) == cluster_rank(),
+                   "an address of another CTA where only this one's will do");
+  return address & kOffset;
+}
+
+inline uint32_t dynamic_shared() { return in_cta(emulate::kSharedStart, cluster_rank()); }
 
 // --- Ordinary access to shared memory ------------------------------------------------------------
 
 inline void write_shared(uint32_t address, const void* bytes, uint32_t count) {
+  address = own(address);
   Machine::require(address % count == 0 && address + count <= emulate::kSharedBytes,
                    "misaligned or overrunning access to shared memory");
   std::memcpy(&Machine::cta().ordinary[address], bytes, count);
@@ -48,14 +57,14 @@ inline void write_shared(uint32_t address, const void* bytes, uint32_t count) {
 
 inline uint32_t load_shared(uint32_t address) {
   uint32_t value;
-  std::memcpy(&value, &Machine::cta().ordinary[address], 4);
+  std::memcpy(&value, &Machine::cta().ordinary[own(address)], 4);
   return value;
 }
 inline void store_cluster(uint32_t address, uint32_t value) {
-  std::memcpy(&cta_of(address).ordinary[address & 0xFFFFFF], &value, 4);
+  std::memcpy(&cta_of(address).ordinary[address & kOffset], &value, 4);
 }
 inline void load_shared(uint32_t address, uint32_t (&v)[4]) {
-  std::memcpy(v, &Machine::cta().ordinary[address], 16);
+  std::memcpy(v, &Machine::cta().ordinary[own(address)], 16);
 }
 inline void store_shared(uint32_t address, const uint32_t (&v)[4]) { write_shared(address, v, 16); }
 
@@ -89,11 +98,9 @@ inline uint32_t shuffle_quad(uint32_t value, int source) {
 
 // --- Barriers ------------------------------------------------------------------------------------
 
-inline emulate::Barrier& barrier_at(uint32_t address) {
-  emulate::Cta& cta = cta_of(address);
-  address &= 0xFFFFFF;
-  Machine::require(cta.barriers.count(address) == 1, "no mbarrier at this address");
-  return cta.barriers[address];
+inline emulate::Barrier& barrier_at(emulate::Cta& cta, uint32_t offset) {
+  Machine::require(cta.barriers.count(offset) == 1, "no mbarrier at this address");
+  return cta.barriers[offset];
 }
 
 inline void complete_if_done(emulate::Barrier& barrier) {
@@ -106,27 +113,32 @@ inline void complete_if_done(emulate::Barrier& barrier) {
 inline void barrier_init(uint32_t address, uint32_t arrivals) {
   emulate::Barrier barrier;
   barrier.expected = barrier.pending = static_cast<int>(arrivals);
-  Machine::cta().barriers[address] = barrier;
+  Machine::cta().barriers[own(address)] = barrier;
 }
 inline void fence_barrier_init() {}
 
-inline void barrier_arrive_expecting(uint32_t address, uint32_t bytes) {
-  emulate::Barrier& barrier = barrier_at(address);
+inline void arrive(emulate::Barrier& barrier) {
   Machine::require(barrier.pending > 0, "more arrivals than the mbarrier expects");
-  barrier.bytes += static_cast<int>(bytes);
   --barrier.pending;
   complete_if_done(barrier);
 }
 
+inline void barrier_arrive_expecting(uint32_t address, uint32_t bytes) {
+  emulate::Barrier& barrier = barrier_at(Machine::cta(), own(address));
+  barrier.bytes += static_cast<int>(bytes);
+  arrive(barrier);
+}
+
 inline void barrier_arrive(uint32_t address) {
+  emulate::Barrier& barrier = barrier_at(cta_of(address), address & kOffset);
   const bool strikes = Machine::get().random(50) == 0;
   if (strikes && Machine::faulty("an arrival is lost")) return;
-  if (strikes && Machine::faulty("an arrival too many")) barrier_arrive_expecting(address, 0);
-  barrier_arrive_expecting(address, 0);
+  if (strikes && Machine::faulty("an arrival too many")) arrive(barrier);
+  arrive(barrier);
 }
 
 inline void barrier_wait(uint32_t address, uint32_t parity) {
-  emulate::Barrier& barrier = barrier_at(address);
+  emulate::Barrier& barrier = barrier_at(Machine::cta(), own(address));
   if (Machine::faulty("a barrier lets through early") && Machine::get().random(50) == 0) return;
   if (Machine::faulty("the first phase is waited for twice") && barrier.phase == 0) parity = 0;
   Machine::get().wait(barrier.waiters, [&] { return barrier.phase % 2 != parity; });
@@ -199,6 +211,8 @@ inline void for_box(const TensorMap& map, uint32_t shared, int inner, int outer,
 
 inline void tma_load_multicast(uint32_t target, const TensorMap* map, uint32_t barrier, int inner,
                                int outer, uint16_t ctas) {
+  target = own(target);
+  barrier = own(barrier);
   Machine::require(target % 1024 == 0, "a panel must be aligned to 1024 bytes");
   Machine::require(map->data != nullptr, "TMA load from an absent tensor");
   emulate::Thread& thread = Machine::thread();
@@ -228,6 +242,7 @@ inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, in
 }
 
 inline void tma_store(const TensorMap* map, uint32_t source, int inner, int outer) {
+  source = own(source);
   Machine::require(source % 1024 == 0, "a panel must be aligned to 1024 bytes");
   Machine::require(map->data != nullptr, "TMA store to an absent tensor");
   emulate::Cta* cta = Machine::thread().cta;

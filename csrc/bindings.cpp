@@ -30,6 +30,12 @@ lora::Dropout dropout(const py::tuple& values) {
   return result;
 }
 
+// (m, 2^e)
+lora::Scale scale(const py::tuple& pair) {
+  const float power = pair[1].cast<float>();
+  return {pair[0].cast<float>(), 1 / power, power};
+}
+
 void check(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string("lora_linear ") + what + ": " + cudaGetErrorString(error));
@@ -37,15 +43,15 @@ void check(const char* what, cudaError_t error) {
 
 void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const py::tuple& w,
              const py::tuple& a, const py::tuple& b, uintptr_t bias, const py::tuple& y,
-             const py::tuple& p, uintptr_t workspace, float scale, const py::tuple& drop,
-             uintptr_t stream) {
+             const py::tuple& p, uintptr_t workspace, const py::tuple& factors,
+             const py::tuple& drop, uintptr_t stream) {
   lora::ForwardArguments arguments;
   arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
   arguments.x = matrix(x), arguments.w = matrix(w), arguments.a = matrix(a);
   arguments.b = matrix(b), arguments.y = matrix(y), arguments.p = matrix(p);
   arguments.bias = bias;
   arguments.workspace = workspace;
-  arguments.scale = scale;
+  arguments.scale = scale(factors);
   arguments.dropout = dropout(drop);
   check("forward",
         (is_bf16 ? lora::forward<lora::Bf16>
@@ -55,7 +61,8 @@ void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const
 void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, const py::tuple& x,
               const py::tuple& w, const py::tuple& a, const py::tuple& b, const py::tuple& p,
               const py::tuple& q, const py::tuple& dx, const py::tuple& da, const py::tuple& db,
-              uintptr_t workspace, float scale, const py::tuple& drop, uintptr_t stream) {
+              uintptr_t workspace, const py::tuple& factors, const py::tuple& drop,
+              uintptr_t stream) {
   lora::BackwardArguments arguments;
   arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
   arguments.dy = matrix(dy), arguments.x = matrix(x), arguments.w = matrix(w);
@@ -66,7 +73,7 @@ void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, con
   arguments.need_da = arguments.da.address != 0;
   arguments.need_db = arguments.db.address != 0;
   arguments.workspace = workspace;
-  arguments.scale = scale;
+  arguments.scale = scale(factors);
   arguments.dropout = dropout(drop);
   check("backward",
         (is_bf16 ? lora::backward<lora::Bf16>

@@ -13,11 +13,14 @@ import torch
 from cuda_builds import emulation, mutated
 
 from lora_kernels.ops.lora_linear import cuda, reference, workspace
+from lora_kernels.testing import CASES as EVERYONES_CASES
 from lora_kernels.testing import (
+    FROZEN_CASES,
     Case,
     Results,
     bf16,
     check_backend,
+    check_frozen,
     fp16,
     make_inputs,
     run_backend,
@@ -51,6 +54,11 @@ CASES = (
 )
 
 
+def _is_ours(case: Case) -> bool:
+    aligned = all(size > 0 and size % 8 == 0 for size in (case.n, case.k, case.r))
+    return aligned and case.dtype in (bf16, fp16) and case.adapter_dtype in (None, case.dtype)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("clusters", "resident"), [(1, 1), (4, 2)])
 def test_the_kernels_compute_what_they_should(case: Case, clusters: int, resident: int) -> None:
@@ -76,17 +84,16 @@ def test_no_interleaving_changes_a_bit(dropout_p: float) -> None:
             assert torch.equal(first, other)
 
 
-def test_b_zero_is_the_frozen_layer_bit_for_bit() -> None:
-    case = Case(136, 264, 200, 24, bf16, bias=True)
-    inputs = make_inputs(case)
-    zero = torch.zeros_like(inputs.lora_b)
+@pytest.mark.parametrize("case", [c for c in FROZEN_CASES if _is_ours(c)], ids=str)
+def test_b_zero_is_the_frozen_layer_whatever_the_scaling(case: Case) -> None:
     with emulation():
-        y, _, dx, da, db = _results(case, lora_b=zero)
-        frozen = _results(case, lora_b=zero, lora_a=torch.zeros_like(inputs.lora_a))
-    assert torch.equal(y, frozen[0])
-    assert torch.equal(dx, frozen[2])
-    assert not da.any()
-    assert db.any()
+        check_frozen(cuda.BACKEND, case)
+
+
+@pytest.mark.parametrize("case", [c for c in EVERYONES_CASES if _is_ours(c)], ids=str)
+def test_a_power_of_two_multiplies_sums_alone(case: Case) -> None:
+    with emulation():
+        check_backend(cuda.BACKEND, case)
 
 
 @pytest.mark.parametrize("value", [3, 3 + 2**40, 2**63 - 1])

@@ -24,4 +24,11 @@ struct Dropout {
   const uint32_t* seed = nullptr;  // two words in device memory that replace the key
 };
 
+// s, over 1-p under dropout, as factor * raise: raise = 2^e is exact, lower is 2^-e, |factor| <= 1.
+// P and Q carry the factor alone, so that no scaling passes through a 16-bit number; the power of
+// two multiplies fp32 sums.
+struct Scale {
+  float factor = 0, lower = 1, raise = 1;
+};
+
 }  // namespace lora

@@ -13,7 +13,7 @@ struct BackwardParameters {
   int ctas;  // of a cluster, which takes as many blocks of 128 at a time
   int m, n, k, r;
   bool need_dx, need_da, need_db;
-  float scale;
+  Scale scale;
   Dropout dropout;
 
   LORA_HOST_DEVICE int groups(int size) const { return blocks(size, ctas * kTileM); }
@@ -63,29 +63,30 @@ LORA_DEVICE void produce(const BackwardParameters& f, Pipeline& pipeline, int ti
   }
 }
 
-// Q[128, 64] = scale * dy * B, and the flag of its rows. B is read as it lies: R is contiguous.
+// Q[128, 64] = m * dy * B, and the flag of its rows. B is read as it lies: R is contiguous.
 template <class Element>
 LORA_DEVICE void q_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
   float acc[kRankTile / 2];
   fill_zero(acc);
   contract<Element, kRankTile, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
-  multiply(acc, f.scale);
+  multiply(acc, f.scale.factor);
   store.run<Element, false>(acc, &f.q, item.row * kTileM + consumer() * kPanel,
                             item.column * kRankTile);
   Store::publish(f.workspace, item.row);
 }
 
-// db[128, 64] = dy^T * P, summed over M in order.
+// db[128, 64] = 2^e * dy^T * P, summed over M in order.
 template <class Element>
 LORA_DEVICE void db_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
   float acc[kRankTile / 2];
   fill_zero(acc);
   contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
+  multiply(acc, f.scale.raise);
   store.run<Element, false>(acc, &f.db, item.row * kTileM + consumer() * kPanel,
                             item.column * kRankTile);
 }
 
-// da[64, 128] = Q^T * drop(x), computed as its transpose so that x is the wide operand.
+// da[64, 128] = 2^e * Q^T * keep(x), computed as its transpose so that x is the wide operand.
 template <class Element>
 LORA_DEVICE void da_item(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                          Store& store, Tile item) {
@@ -98,6 +99,7 @@ LORA_DEVICE void da_item(const BackwardParameters& f, const Dropout& dropout, Pi
   } else {
     contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
   }
+  multiply(acc, f.scale.raise);
   store.run<Element, true>(acc, &f.da, column, item.column * kRankTile);
 }
 
@@ -129,19 +131,27 @@ LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& drop
   }
 }
 
-// dx[128, 256] = dy*W + undrop(Q*A). Dropout masks Q*A alone, so it must come first then.
+// dx[128, 256] = dy*W + 2^e*keep(Q*A). Dropout masks Q*A alone, so it must come first then.
 template <class Element>
 LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                          Store& store, Tile tile) {
   const int row = tile.row * kTileM + consumer() * kPanel, column = tile.column * kTileN;
   float acc[kTileN / 2];
   fill_zero(acc);
-  if (dropout.enabled) {
-    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.r), NoMask{});
-    mask_accumulators(acc, dropout, row, column);
+  const auto frozen = [&] {
     contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
+  };
+  const auto low_rank = [&] {
+    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.r), NoMask{});
+  };
+  if (dropout.enabled) {
+    low_rank();
+    mask_accumulators(acc, dropout, row, column);
+    multiply(acc, f.scale.raise);
+    frozen();
   } else {
-    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n, f.r), NoMask{});
+    frozen();
+    add_scaled(acc, f.scale, low_rank);
   }
   store.run<Element, false>(acc, &f.dx, row, column);
 }

@@ -13,7 +13,7 @@ struct ForwardParameters {
   uint32_t* workspace;
   int ctas;  // of a cluster, which takes as many blocks of rows at a time
   int m, n, k, r;
-  float scale;
+  Scale scale;
   Dropout dropout;
 
   LORA_HOST_DEVICE int row_groups() const { return blocks(m, ctas * kTileM); }
@@ -47,7 +47,7 @@ LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int tic
   load<kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM}, {&f.b, column * kTileN}, f.r);
 }
 
-// P[128, 64] = scale * drop(x) * A^T, and the flag of its rows.
+// P[128, 64] = m * keep(x) * A^T, and the flag of its rows.
 template <class Element>
 LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                         Store& store, int ticket) {
@@ -61,7 +61,7 @@ LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipe
   } else {
     contract<Element, kRankTile, Major::kK, Major::kK>(acc, pipeline, Extent(f.k), NoMask{});
   }
-  multiply(acc, f.scale);
+  multiply(acc, f.scale.factor);
   store.run<Element, false>(acc, &f.p, row, rank * kRankTile);
   Store::publish(f.workspace, row_block);
 }
@@ -82,14 +82,17 @@ LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint16_t* bias, int co
   }
 }
 
-// y[128, 256] = x*W^T + P*B^T (+ bias): P and B come through the same ring into the same sum.
+// y[128, 256] = x*W^T + 2^e*(P*B^T) (+ bias): P and B come through the same ring into the same sum.
 template <class Element>
 LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store& store,
                            int ticket) {
   const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   float acc[kTileN / 2];
   fill_zero(acc);
-  contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.k, f.r), NoMask{});
+  contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.k), NoMask{});
+  add_scaled(acc, f.scale, [&] {
+    contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.r), NoMask{});
+  });
   if (f.bias != nullptr) add_bias<Element>(acc, f.bias, column * kTileN, f.n);
   store.run<Element, false>(acc, &f.y, row * kTileM + consumer() * kPanel, column * kTileN);
 }

@@ -1,6 +1,7 @@
 // The arguments of both directions, and what a launch of one returns. Strides are in elements.
 //
-// Notation: x[M,K] W[N,K] A[R,K] B[N,R] bias[N] y[M,N], P[M,R] = s*drop(x)*A^T, Q[M,R] = s*dy*B.
+// Notation: x[M,K] W[N,K] A[R,K] B[N,R] bias[N] y[M,N], P[M,R] = m*keep(x)*A^T, Q[M,R] = m*dy*B,
+// where s/(1-p) = m*2^e and `keep` zeroes what dropout drops.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +19,9 @@ struct Matrix {
 struct ForwardArguments {
   int m = 0, n = 0, k = 0, r = 0;
   Matrix x, w, a, b, y, p;
-  uintptr_t bias = 0;  // 0: none
-  uintptr_t workspace =
-      0;            // 3 + 2*ceil(M/256) zeroed 32-bit words that no other running launch uses
-  float scale = 0;  // s, divided by 1-p under dropout
+  uintptr_t bias = 0;       // 0: none
+  uintptr_t workspace = 0;  // 3 + 2*ceil(M/256) zeroed words that no other running launch uses
+  Scale scale;
   Dropout dropout;
 };
 
@@ -30,15 +30,16 @@ struct BackwardArguments {
   Matrix dy, x, w, a, b, p, q, dx, da, db;  // q is scratch; x is absent without da, p without db
   bool need_dx = false, need_da = false, need_db = false;
   uintptr_t workspace = 0;
-  float scale = 0;
+  Scale scale;
   Dropout dropout;
 };
 
-// y = x*W^T + P*B^T (+ bias) and P, in one launch on `stream` of the current device.
+// y = x*W^T + 2^e*(P*B^T) (+ bias) and P, in one launch on `stream` of the current device.
 template <class Element>
 cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream);
 
-// The needed ones of dx = dy*W + undrop(Q*A), da = Q^T*drop(x) and db = dy^T*P, in one launch.
+// The needed ones of dx = dy*W + 2^e*keep(Q*A), da = 2^e*Q^T*keep(x) and db = 2^e*dy^T*P, in one
+// launch.
 template <class Element>
 cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream);
 

@@ -107,16 +107,13 @@ struct PanelMask {
   }
 };
 
-// The stages of one or two contractions on end: full ones, then one of which only the first
-// `last_slices` slices of 16 count (0: there is none).
+// The stages of a contraction: full ones, then one of which only the first `last_slices` slices of
+// 16 count (0: there is none).
 struct Extent {
   int full_stages, last_slices;
 
   LORA_DEVICE explicit Extent(int depth)
       : full_stages(depth / kDepth), last_slices(blocks(depth % kDepth, kWgmmaK)) {}
-  LORA_DEVICE Extent(int first, int second) : Extent(second) {
-    full_stages += blocks(first, kDepth);
-  }
 };
 
 // acc += L*R^T of this warpgroup's 64 rows, over the next stages of the ring.
@@ -175,6 +172,20 @@ template <int kCount>
 LORA_DEVICE void multiply(float (&acc)[kCount], float factor) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) acc[i] *= factor;
+}
+
+// acc += 2^e times what `low_rank` adds to it: acc is lowered by the power of two meanwhile,
+// exactly. Where the power is 1 nothing is multiplied. There are two copies of `low_rank` because
+// ptxas serialises wgmma (C7515) where accumulators from two branches meet ahead of it.
+template <int kCount, class LowRank>
+LORA_DEVICE void add_scaled(float (&acc)[kCount], const Scale& scale, const LowRank& low_rank) {
+  if (scale.raise == 1.0f) {
+    low_rank();
+  } else {
+    multiply(acc, scale.lower);
+    low_rank();
+    multiply(acc, scale.raise);
+  }
 }
 
 // This warpgroup's panels for stores: two, so that one is filled while the other is being read.

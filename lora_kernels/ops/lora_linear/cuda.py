@@ -60,7 +60,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
             x.dtype == torch.bfloat16, m, n, k, r,
             *map(_matrix, (x, weight, lora_a, lora_b)),
             0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
-            call.scale().factor, _dropout(call.dropout_p, call.seed), stream,
+            call.scale(), _dropout(call.dropout_p, call.seed), stream,
         )  # fmt: skip
     return y, p
 
@@ -84,7 +84,7 @@ def backward(call: Backward) -> Gradients:
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, m, n, k, r,
             *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
-            flags.data_ptr(), call.scale().factor, _dropout(call.dropout_p, call.seed), stream,
+            flags.data_ptr(), call.scale(), _dropout(call.dropout_p, call.seed), stream,
         )  # fmt: skip
     return Gradients(dx, da, db)
 

@@ -1,6 +1,8 @@
 // lora_kernels._C: addresses, sizes and a stream in; an exception out if the launch fails.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -8,6 +10,8 @@
 
 #ifdef LORA_EMULATE
 #include "emulate/machine.h"
+#else
+#include "common/device.h"
 #endif
 
 namespace py = pybind11;
@@ -36,9 +40,8 @@ lora::Scale scale(const py::tuple& pair) {
   return {pair[0].cast<float>(), 1 / power, power};
 }
 
-void check(const char* what, cudaError_t error) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("lora_linear ") + what + ": " + cudaGetErrorString(error));
+void check(const char* what, const lora::Failure& failure) {
+  if (!failure.empty()) throw std::runtime_error("lora_linear " + (what + (": " + failure)));
 }
 
 void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const py::tuple& w,
@@ -86,8 +89,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("lora_linear_forward", &forward);
   module.def("lora_linear_backward", &backward);
 #ifdef LORA_EMULATE
+  module.def("why_not", [] { return py::none(); });
   module.def("emulate", [](int seed, int clusters, int resident, const std::string& fault) {
     lora::emulate::Machine::options() = {seed, clusters, resident, fault};
+  });
+#else
+  module.def("why_not", [] {
+    const lora::Failure failure = lora::why_no_driver();
+    return failure.empty() ? std::nullopt : std::optional(failure);
   });
 #endif
 }

@@ -17,10 +17,10 @@ def _load() -> ModuleType | ImportError:
 
 
 def why_absent() -> str | None:
-    """Return why the compiled extension cannot be used, or None when it is loaded."""
+    """Return why the compiled extension cannot be used, or None when it can."""
     loaded = _load()
     if not isinstance(loaded, ImportError):
-        return None
+        return loaded.why_not()
     if isinstance(loaded, ModuleNotFoundError):
         why = _REASON.read_text() if _REASON.exists() else "it takes nvcc and ninja at installation"
         return f"the CUDA extension lora_kernels._C is not built: {why}"

@@ -125,6 +125,9 @@ def test_the_instructions_of_the_design_are_there(sass, direction: str, element:
     # the clean-up (two) and where the cluster meets at start and end.
     assert count["MEMBAR.ALL.GPU"] == flags + 1 + 1 + 2 + 2
     assert not any(name.startswith(("LDL", "STL", "CALL")) for name in count)
+    # One elected thread loads; only the few stores of an epilogue loop over the lanes.
+    assert count["ELECT"] == 1
+    assert count["BRA.U.ANY"] == count["UTMASTG.2D"]
 
 
 def test_the_extension_loads_without_a_gpu_and_fails_with_a_message() -> None:
@@ -143,4 +146,41 @@ def test_the_extension_loads_without_a_gpu_and_fails_with_a_message() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=package
     )
-    assert re.fullmatch(r"lora_linear forward: \S.*\n", done.stdout), done
+    assert re.fullmatch(r"lora_linear forward: cudaGetDevice: cudaError\w+ \(.*\)\n", done.stdout)
+
+
+DRIVER_OF_11_8 = """
+#include <string.h>
+int cuDriverGetVersion(int* version) { return *version = 11080, 0; }
+int cuInit(unsigned flags) { return flags; }
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long flags,
+                        int* status) {
+  *function = strcmp(name, "cuDriverGetVersion") == 0 ? (void*)cuDriverGetVersion
+              : strcmp(name, "cuInit") == 0           ? (void*)cuInit
+              : strstr("cuGetProcAddress", name)      ? (void*)cuGetProcAddress_v2
+                                                      : 0;
+  return *function ? 0 : 500;
+}
+int cuGetProcAddress(const char* name, void** function, int version, unsigned long flags) {
+  return cuGetProcAddress_v2(name, function, version, flags, 0);
+}
+"""
+
+
+def test_a_driver_older_than_the_runtime_is_named_as_the_reason(tmp_path: Path) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    build = ["gcc", "-shared", "-fPIC", "-w", "-xc", "-", "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(build, input=DRIVER_OF_11_8, text=True, check=True)
+    package = str(compiled())
+    environment = {**os.environ, "PYTHONPATH": package, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "from lora_kernels import _C; print(_C.why_not())"],
+        env=environment, capture_output=True, text=True, cwd=package,
+    )  # fmt: skip
+    match = re.fullmatch(
+        r"it is built with CUDA (\d+), which needs an NVIDIA driver of (\d+) or newer; "
+        r"the one here is for CUDA 11\.8\n",
+        done.stdout,
+    )
+    assert match, done

@@ -1,11 +1,14 @@
 """The CUDA backend's host side: what it refuses, and what it copies."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lora_kernels import extension
 from lora_kernels.dispatch import BackendUnavailable, select
-from lora_kernels.ops.lora_linear import BACKENDS, Problem, cuda
+from lora_kernels.ops.lora_linear import BACKENDS, Problem, cuda, workspace
 from lora_kernels.testing import Case, bf16, fp16, fp32, make_inputs
 
 HOPPER = Problem(4096, 4096, 4096, 16, bf16, bf16, "cuda", 90)
@@ -73,6 +76,31 @@ def test_a_seed_becomes_two_words_or_an_address() -> None:
     assert cuda._dropout(0.0, None) == (False, 0, 0, 0, 0)
     seed = torch.tensor([5 + 7 * 2**32])
     assert cuda._dropout(0.25, seed) == (True, 2**14, 5, 7, 0)
+
+
+def test_the_per_thread_default_stream_is_another_one_in_each_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(workspace, "_by_stream", {})
+    monkeypatch.setattr(workspace, "_chunks", {})
+    monkeypatch.setattr(workspace, "_zeroed", lambda n, _: torch.zeros(n, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for handle, slices in ((2, 3), (0, 1), (1, 1), (0x5000, 1)):  # 0, 1: the legacy default stream
+        stream = SimpleNamespace(cuda_stream=handle)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
+        starts: list[int] = []
+
+        def twice(starts: list[int] = starts) -> None:
+            starts += [workspace.reserve(5, device).data_ptr() for _ in range(2)]
+
+        twice()
+        for _ in range(2):  # one after another, so that a thread's number is free to be used again
+            thread = threading.Thread(target=twice)
+            thread.start()
+            thread.join()
+        assert starts[::2] == starts[1::2]
+        assert len(set(starts)) == slices
 
 
 def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

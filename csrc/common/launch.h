@@ -13,35 +13,34 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
-#include <atomic>
+
+#include "device.h"
 
 namespace lora {
 
-// cuTensorMapEncodeTiled of the driver, found through the runtime: nothing links libcuda.
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                               12000, cudaEnableDefault, &found);
-    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(usable ? function : nullptr);
-  }();
-  return encoder;
+inline std::string name_of(CUresult result) {
+  static const auto find = driver_function<PFN_cuGetErrorName_v6000>("cuGetErrorName", 6000);
+  const char* name = nullptr;
+  if (find != nullptr) find(result, &name);
+  return name != nullptr ? name : "CUresult " + std::to_string(result);
 }
 
-// Describes row-major matrices in boxes of one panel. `error` keeps the first failure.
+// Describes row-major matrices in boxes of one panel, for the current device, which is prepared
+// first: the driver encodes in a context. `failure` keeps the last one.
 template <class Element>
 struct TensorMaps {
-  cudaError_t error = cudaSuccess;
+  int sms = 0;
+  Failure failure = prepare_device(kSharedBytes, sms);
 
   template <class Matrix>
   TensorMap operator()(const Matrix& matrix, int rows, int columns) {
     TensorMap map{};
-    if (matrix.address == 0) return map;  // a tensor this call does without
-    const auto encode = tensor_map_encoder();
+    // A tensor that this call does without has no address.
+    if (matrix.address == 0 || !failure.empty()) return map;
+    static const auto encode =
+        driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
     if (encode == nullptr) {
-      error = cudaErrorInsufficientDriver;
+      failure = "the driver has no cuTensorMapEncodeTiled";
       return map;
     }
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -54,33 +53,19 @@ struct TensorMaps {
                2, reinterpret_cast<void*>(matrix.address), sizes, pitch, box, step,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) error = cudaErrorInvalidValue;
+    if (result != CUDA_SUCCESS) {
+      failure = "cuTensorMapEncodeTiled of " + std::to_string(rows) + " x " +
+                std::to_string(columns) + ", row pitch " + std::to_string(pitch[0]) +
+                " bytes: " + name_of(result);
+    }
     return map;
   }
 };
 
-// Launches kKernel for `items`, each the work of a cluster of `ctas`, on the current device, which
-// is asked for its SM count and told of the shared memory once; neither call synchronises or
-// touches the stream.
+// Launches kKernel for `items`, each the work of a cluster of `ctas`, on at most one CTA per SM.
 template <auto kKernel, class Parameters>
-cudaError_t launch(const Parameters& parameters, int items, int ctas, cudaStream_t stream) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> sm_counts[kDevices];  // of this kernel's devices; 0: not asked yet
-  int device;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (device >= kDevices) return cudaErrorInvalidDevice;
-  int sms = sm_counts[device];
-  if (sms == 0) {
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)) {
-      return error;
-    }
-    if (const cudaError_t error = cudaFuncSetAttribute(
-            kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes)) {
-      return error;
-    }
-    sm_counts[device] = sms;
-  }
+Failure launch(const Parameters& parameters, int items, int ctas, int sms, cudaStream_t stream) {
+  static_cast<void>(kKernelListed<kKernel>);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(ctas * std::min(items, std::max(sms / ctas, 1)));
   config.blockDim = dim3(kThreads);
@@ -91,7 +76,7 @@ cudaError_t launch(const Parameters& parameters, int items, int ctas, cudaStream
   cluster.val.clusterDim = {static_cast<unsigned>(ctas), 1, 1};
   config.attrs = &cluster;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, parameters);
+  return failure_of("cudaLaunchKernelEx", cudaLaunchKernelEx(&config, kKernel, parameters));
 }
 
 }  // namespace lora

@@ -164,6 +164,20 @@ LORA_DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"
 
 LORA_DEVICE void warp_sync() { __syncwarp(); }
 
+// True in one lane of the warp, always the same one; all lanes must come here. What it guards the
+// compiler knows to be one thread, and spares TMA a loop over the lanes that might be active.
+LORA_DEVICE bool elect() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred leader;\n"
+      "elect.sync _|leader, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, leader;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // --- Proxies and the memory model ----------------------------------------------------------------
 
 // Orders this thread's ordinary writes to shared memory before later reads by wgmma and TMA. The

@@ -1,18 +1,18 @@
-// What both the host and the kernels speak of: element types, dropout, CUDA's error and stream.
+// What both the host and the kernels speak of: element types, dropout, scaling, failure and stream.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #ifdef LORA_EMULATE
-using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr cudaError_t cudaSuccess = 0;
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 #else
 #include <cuda_runtime_api.h>
 #endif
 
 namespace lora {
+
+using Failure = std::string;  // why something on the host did not work; empty if it did
 
 struct Bf16 {};
 struct Fp16 {};

@@ -154,6 +154,10 @@ inline void warp_sync() {
   uint32_t values[32];
   gather_warp(0, values);
 }
+inline bool elect() {
+  warp_sync();
+  return thread_index() % 32 == 13;  // any lane may be the one
+}
 
 // --- Proxies and the memory model ----------------------------------------------------------------
 

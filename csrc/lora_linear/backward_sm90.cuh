@@ -178,7 +178,7 @@ lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
 }
 
 template <class Element>
-cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
+Failure backward(const BackwardArguments& arguments, cudaStream_t stream) {
   const BackwardArguments& f = arguments;
   TensorMaps<Element> maps;
   const BackwardParameters parameters{maps(f.dy, f.m, f.n),
@@ -202,9 +202,9 @@ cudaError_t backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                       f.need_db,
                                       f.scale,
                                       f.dropout};
-  if (maps.error != cudaSuccess) return maps.error;
+  if (!maps.failure.empty()) return maps.failure;
   return launch<lora_linear_backward<Element>>(parameters, parameters.end(), parameters.ctas,
-                                               stream);
+                                               maps.sms, stream);
 }
 
 }  // namespace lora

@@ -1,3 +1,3 @@
 #include "forward_sm90.cuh"
 
-template cudaError_t lora::forward<lora::Fp16>(const lora::ForwardArguments&, cudaStream_t);
+template lora::Failure lora::forward<lora::Fp16>(const lora::ForwardArguments&, cudaStream_t);

@@ -113,7 +113,7 @@ lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
 }
 
 template <class Element>
-cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
+Failure forward(const ForwardArguments& arguments, cudaStream_t stream) {
   const auto [m, n, k, r, x, w, a, b, y, p, bias, workspace, scale, dropout] = arguments;
   TensorMaps<Element> maps;
   const ForwardParameters parameters{maps(x, m, k),
@@ -131,9 +131,9 @@ cudaError_t forward(const ForwardArguments& arguments, cudaStream_t stream) {
                                      r,
                                      scale,
                                      dropout};
-  if (maps.error != cudaSuccess) return maps.error;
+  if (!maps.failure.empty()) return maps.failure;
   return launch<lora_linear_forward<Element>>(parameters, parameters.end(), parameters.ctas,
-                                              stream);
+                                              maps.sms, stream);
 }
 
 }  // namespace lora

@@ -277,7 +277,7 @@ LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t en
   ptx::cluster_sync();
   if (ptx::thread_index() < 128) {
     ptx::give_up_registers<kProducerRegisters>();
-    if (ptx::thread_index() == 0) {
+    if (ptx::thread_index() < 32 && ptx::elect()) {
       uint32_t ticket;
       do {
         if (pipeline.rank == 0) {

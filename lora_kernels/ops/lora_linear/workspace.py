@@ -3,7 +3,8 @@
 A launch needs them to itself while it runs, and no launch may be spent on clearing them. So:
 
 - Eager launches on one stream run one after another and share one slice, which the kernel leaves
-  zeroed. (A stream handle stands for its stream, as in torch's own cuBLAS workspaces.)
+  zeroed. (A stream handle stands for its stream, as in torch's own cuBLAS workspaces; the handle of
+  the per-thread default stream stands for another one in each thread.)
 - A launch captured into a CUDA graph gets a slice of its own, for ever: the graph may replay beside
   eager launches and beside other graphs, and one graph never runs twice at a time.
 - Slices are cut from chunks that were zeroed once, on a side stream, and waited for. Inside a
@@ -19,9 +20,11 @@ from torch import Tensor
 CHUNK = 1 << 18  # int32 words, 1 MiB: thousands of captured launches
 
 _lock = threading.Lock()
-_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+_by_stream: dict[tuple[torch.device, int, object], Tensor] = {}
 # What is left of each chunk. None is ever freed: a graph holds no reference to its slices.
 _chunks: dict[torch.device, list[Tensor]] = {}
+_PER_THREAD = 2  # cudaStreamPerThread
+_thread = threading.local()
 
 
 def reserve(length: int, device: torch.device, stream: int) -> Tensor:
@@ -33,7 +36,8 @@ def reserve(length: int, device: torch.device, stream: int) -> Tensor:
         with _lock:
             cut = _cut(length, device)
         return torch.zeros(length, dtype=torch.int32, device=device) if cut is None else cut
-    held = _by_stream.get((device, stream))
+    key = (device, stream, _this_thread() if stream == _PER_THREAD else None)
+    held = _by_stream.get(key)
     if held is not None and held.numel() >= length:
         return held
     with _lock:
@@ -44,8 +48,15 @@ def reserve(length: int, device: torch.device, stream: int) -> Tensor:
             _chunks.setdefault(device, []).append(chunk)
             held = _cut(size, device)
             assert held is not None
-        _by_stream[device, stream] = held
+        _by_stream[key] = held
         return held
+
+
+def _this_thread() -> object:
+    """Return what no other thread gets, not even a later one of the same number."""
+    if not hasattr(_thread, "identity"):
+        _thread.identity = object()
+    return _thread.identity
 
 
 def _cut(length: int, device: torch.device) -> Tensor | None:

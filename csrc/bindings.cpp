@@ -18,6 +18,11 @@ namespace py = pybind11;
 
 namespace {
 
+using lora::Bf16, lora::Fp16;
+
+template <class Arguments>
+using Launcher = lora::Failure (*)(const Arguments&, cudaStream_t);
+
 // (address, row stride in elements); the address 0 is an absent matrix.
 lora::Matrix matrix(const py::tuple& pair) {
   return {pair[0].cast<uintptr_t>(), pair[1].cast<int64_t>()};
@@ -44,9 +49,17 @@ void check(const char* what, const lora::Failure& failure) {
   if (!failure.empty()) throw std::runtime_error("lora_linear " + (what + (": " + failure)));
 }
 
-void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const py::tuple& w,
-             const py::tuple& a, const py::tuple& b, uintptr_t bias, const py::tuple& y,
-             const py::tuple& p, uintptr_t workspace, const py::tuple& factors,
+// Returns the instance for x's and the adapters' types.
+template <class Arguments>
+auto by_types(bool is_bf16, bool fp32_adapters, Launcher<Arguments> bf16,
+              Launcher<Arguments> bf16_fp32, Launcher<Arguments> fp16,
+              Launcher<Arguments> fp16_fp32) {
+  return is_bf16 ? (fp32_adapters ? bf16_fp32 : bf16) : (fp32_adapters ? fp16_fp32 : fp16);
+}
+
+void forward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, const py::tuple& x,
+             const py::tuple& w, const py::tuple& a, const py::tuple& b, uintptr_t bias,
+             const py::tuple& y, const py::tuple& p, uintptr_t workspace, const py::tuple& factors,
              const py::tuple& drop, uintptr_t stream) {
   lora::ForwardArguments arguments;
   arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
@@ -56,16 +69,17 @@ void forward(bool is_bf16, int m, int n, int k, int r, const py::tuple& x, const
   arguments.workspace = workspace;
   arguments.scale = scale(factors);
   arguments.dropout = dropout(drop);
-  check("forward",
-        (is_bf16 ? lora::forward<lora::Bf16>
-                 : lora::forward<lora::Fp16>)(arguments, reinterpret_cast<cudaStream_t>(stream)));
+  const auto run = by_types<lora::ForwardArguments>(
+      is_bf16, fp32_adapters, lora::forward<Bf16, Bf16>, lora::forward<Bf16, float>,
+      lora::forward<Fp16, Fp16>, lora::forward<Fp16, float>);
+  check("forward", run(arguments, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, const py::tuple& x,
-              const py::tuple& w, const py::tuple& a, const py::tuple& b, const py::tuple& p,
-              const py::tuple& q, const py::tuple& dx, const py::tuple& da, const py::tuple& db,
-              uintptr_t workspace, const py::tuple& factors, const py::tuple& drop,
-              uintptr_t stream) {
+void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, const py::tuple& dy,
+              const py::tuple& x, const py::tuple& w, const py::tuple& a, const py::tuple& b,
+              const py::tuple& p, const py::tuple& q, const py::tuple& dx, const py::tuple& da,
+              const py::tuple& db, uintptr_t workspace, const py::tuple& factors,
+              const py::tuple& drop, uintptr_t stream) {
   lora::BackwardArguments arguments;
   arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
   arguments.dy = matrix(dy), arguments.x = matrix(x), arguments.w = matrix(w);
@@ -78,9 +92,10 @@ void backward(bool is_bf16, int m, int n, int k, int r, const py::tuple& dy, con
   arguments.workspace = workspace;
   arguments.scale = scale(factors);
   arguments.dropout = dropout(drop);
-  check("backward",
-        (is_bf16 ? lora::backward<lora::Bf16>
-                 : lora::backward<lora::Fp16>)(arguments, reinterpret_cast<cudaStream_t>(stream)));
+  const auto run = by_types<lora::BackwardArguments>(
+      is_bf16, fp32_adapters, lora::backward<Bf16, Bf16>, lora::backward<Bf16, float>,
+      lora::backward<Fp16, Fp16>, lora::backward<Fp16, float>);
+  check("backward", run(arguments, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace

@@ -21,7 +21,9 @@ from lora_kernels.testing import (
     bf16,
     check_backend,
     check_frozen,
+    expected,
     fp16,
+    fp32,
     make_inputs,
     run_backend,
 )
@@ -54,16 +56,32 @@ CASES = (
 )
 
 
+# fp32 adapters take R in steps of 4, and 32 of R to a stage.
+FP32_CASES = tuple(
+    case._replace(adapter_dtype=fp32, r=case.r - 4 * (i % 2)) for i, case in enumerate(CASES)
+)
+
+
 def _is_ours(case: Case) -> bool:
     aligned = all(size > 0 and size % 8 == 0 for size in (case.n, case.k, case.r))
-    return aligned and case.dtype in (bf16, fp16) and case.adapter_dtype in (None, case.dtype)
+    return aligned and case.dtype in (bf16, fp16)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def _check(case: Case) -> None:
+    check_backend(cuda.BACKEND, case)
+    if case.adapter_dtype == fp32:  # the common tolerance is that of 16-bit operands
+        exact, results = expected(case, make_inputs(case), torch.float64), _results(case)
+        for name in ("p", "da", "db"):
+            got, right = getattr(results, name), exact[name]
+            if got is not None:
+                assert (got - right).abs().max() <= 1e-5 * right.abs().max(), f"{name} of {case}"
+
+
+@pytest.mark.parametrize("case", [*CASES, *FP32_CASES], ids=str)
 @pytest.mark.parametrize(("clusters", "resident"), [(1, 1), (4, 2)])
 def test_the_kernels_compute_what_they_should(case: Case, clusters: int, resident: int) -> None:
     with emulation(clusters, clusters, resident):
-        check_backend(cuda.BACKEND, case)
+        _check(case)
     words = workspace.reserve(1, torch.device("cpu"), 0)
     assert not words.any(), "the workspace must be zero between launches"
 
@@ -72,9 +90,10 @@ def _results(case: Case, **changes: torch.Tensor) -> Results:
     return run_backend(cuda.BACKEND, case, make_inputs(case)._replace(**changes))
 
 
+@pytest.mark.parametrize("adapter_dtype", [bf16, fp32])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_no_interleaving_changes_a_bit(dropout_p: float) -> None:
-    case = Case(264, 328, 264, 72, bf16, bias=True, dropout_p=dropout_p)
+def test_no_interleaving_changes_a_bit(dropout_p: float, adapter_dtype: torch.dtype) -> None:
+    case = Case(264, 328, 264, 72, bf16, adapter_dtype, bias=True, dropout_p=dropout_p)
     results = []
     for seed, (clusters, resident) in enumerate([(1, 1), (3, 3), (4, 2), (7, 7)]):
         with emulation(seed, clusters, resident):
@@ -122,7 +141,9 @@ FAULTS = (
 )
 
 
-TILE = "lora_linear/tile_sm90.cuh"
+TILE, STORE = "lora_linear/tile_sm90.cuh", "lora_linear/store_sm90.cuh"
+FP32 = "lora_linear/fp32_sm90.cuh"
+FENCE, MEET = "  ptx::fence_proxy_async_shared();\n", "  ptx::consumers_sync(kConsumersBarrier);\n"
 MUTANTS = {  # what is compiled anew, the file to change, and the change
     "the rank in an address reaches the descriptor": (
         "backward_bf16",
@@ -138,7 +159,7 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
     ),
     "the flag comes before P is written": (
         "forward_bf16",
-        TILE,
+        STORE,
         "tma_store_wait_written();\n      ptx::fence_acq_rel_gpu",
         "tma_store_wait_read<0>();\n      ptx::fence_acq_rel_gpu",
     ),
@@ -151,30 +172,66 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
     ),
     "others fill a store panel before its reader is known to be done": (
         "forward_bf16",
-        TILE,
-        "tma_store_wait_read<1>();\n      ptx::warpgroup_sync(1 + consumer());",
+        STORE,
+        "tma_store_wait_read<1>();\n      ptx::warpgroup_sync(own_barrier());",
         "tma_store_wait_read<1>();",
     ),
     "products start before all threads have masked": (
         "forward_bf16",
         TILE,
-        "    ptx::warpgroup_sync(1 + consumer());\n    row += row_step",
+        "    ptx::warpgroup_sync(own_barrier());\n    row += row_step",
         "    row += row_step",
+    ),
+    "the low half of fp32 is dropped": (
+        "forward_bf16_fp32",
+        TILE,
+        "if constexpr (kSplit) Multiply",
+        "if constexpr (false) Multiply",
+    ),
+    "halves are not fenced": ("forward_bf16_fp32", FP32, f"low);\n  }}\n{FENCE}", "low);\n  }\n"),
+    "products start before all have split": (
+        "forward_bf16_fp32",
+        FP32,
+        f"low);\n  }}\n{FENCE}{MEET}",
+        f"low);\n  }}\n{FENCE}",
+    ),
+    "what is rounded in place is not fenced": (
+        "backward_bf16_fp32",
+        FP32,
+        f"kPanelBytes);\n  }}\n{FENCE}",
+        "kPanelBytes);\n  }\n",
+    ),
+    "products start before all have rounded": (
+        "backward_bf16_fp32",
+        FP32,
+        f"kPanelBytes);\n  }}\n{FENCE}{MEET}",
+        f"kPanelBytes);\n  }}\n{FENCE}",
+    ),
+    "a row is rounded over before all have read it": (
+        "backward_bf16_fp32",
+        FP32,
+        "  ptx::warp_sync();\n",
+        "",
     ),
 }
 
 
-def _assert_noticed(defect: str, fault: str = "", module: ModuleType | None = None) -> None:
+def _assert_noticed(
+    defect: str,
+    fault: str = "",
+    module: ModuleType | None = None,
+    adapter_dtype: torch.dtype = bf16,
+) -> None:
     """Assert that some case fails: what the checks would not notice, they would not check."""
     cases = (
-        Case(200, 264, 584, 72, bf16),
-        Case(200, 72, 264, 24, bf16, dropout_p=0.3),
-        Case(600, 72, 72, 8, bf16),
+        Case(200, 264, 584, 72, bf16, adapter_dtype),
+        Case(200, 72, 264, 24, bf16, adapter_dtype, dropout_p=0.3),
+        Case(600, 72, 72, 8, bf16, adapter_dtype),
     )
     try:
         for seed in range(12):
             with emulation(seed, 3, 2, fault, module):
-                check_backend(cuda.BACKEND, cases[seed % 3])
+                _check(cases[seed % 3])
     except (AssertionError, RuntimeError):
         return
     finally:  # a launch cut short leaves tickets and flags behind
@@ -189,4 +246,5 @@ def test_a_primitive_that_misbehaves_is_noticed(fault: str) -> None:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_in_the_source_is_noticed(name: str, tmp_path: Path) -> None:
-    _assert_noticed(name, module=mutated(tmp_path, *MUTANTS[name]))
+    adapter_dtype = fp32 if MUTANTS[name][0].endswith("fp32") else bf16
+    _assert_noticed(name, module=mutated(tmp_path, *MUTANTS[name]), adapter_dtype=adapter_dtype)

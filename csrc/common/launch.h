@@ -25,15 +25,20 @@ inline std::string name_of(CUresult result) {
   return name != nullptr ? name : "CUresult " + std::to_string(result);
 }
 
-// Describes row-major matrices in boxes of one panel, for the current device, which is prepared
-// first: the driver encodes in a context. `failure` keeps the last one.
-template <class Element>
+template <class T>
+constexpr CUtensorMapDataType kDataType =
+    std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+    : std::is_same_v<T, Bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// Describes row-major matrices in boxes as wide as a panel, for the current device, which is
+// prepared first: the driver encodes in a context. `failure` keeps the last one.
 struct TensorMaps {
   int sms = 0;
   Failure failure = prepare_device(kSharedBytes, sms);
 
-  template <class Matrix>
-  TensorMap operator()(const Matrix& matrix, int rows, int columns) {
+  template <class T, class Matrix>
+  TensorMap of(const Matrix& matrix, int rows, int columns, int box_rows = kPanel) {
     TensorMap map{};
     // A tensor that this call does without has no address.
     if (matrix.address == 0 || !failure.empty()) return map;
@@ -44,14 +49,12 @@ struct TensorMaps {
       return map;
     }
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t pitch[] = {static_cast<cuuint64_t>(matrix.row_stride) * 2};
-    const cuuint32_t box[] = {kPanel, kPanel}, step[] = {1, 1};
+    const cuuint64_t pitch[] = {static_cast<cuuint64_t>(matrix.row_stride) *
+                                (kRowBytes / kRowElements<T>)};
+    const cuuint32_t box[] = {kRowElements<T>, static_cast<cuuint32_t>(box_rows)}, step[] = {1, 1};
     const CUresult result =
-        encode(&map,
-               std::is_same_v<Element, Bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-               2, reinterpret_cast<void*>(matrix.address), sizes, pitch, box, step,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        encode(&map, kDataType<T>, 2, reinterpret_cast<void*>(matrix.address), sizes, pitch, box,
+               step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
       failure = "cuTensorMapEncodeTiled of " + std::to_string(rows) + " x " +

@@ -20,7 +20,7 @@ constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
 constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr int kPanelsA = 2, kPanelsB = 4;  // a stage: 128 x 64 of the left, 256 x 64 of the right
+constexpr int kPanelsA = 2, kPanelsB = 4;  // a stage: 128 rows of the left, 256 of the right
 constexpr int kStageBytes = (kPanelsA + kPanelsB) * kPanelBytes;
 constexpr int kStages = 4;
 constexpr int kTickets = 2;
@@ -35,6 +35,13 @@ static_assert(kSharedBytes <= 227 * 1024, "an SM of compute capability 9.0 has 2
 static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 65536, "the register file");
 
 LORA_DEVICE uint32_t shared_base() { return (ptx::dynamic_shared() + 1023) & ~1023u; }
+
+LORA_DEVICE int consumer() { return ptx::thread_index() / 128 - 1; }
+LORA_DEVICE int consumer_thread() { return ptx::thread_index() % 128; }
+
+// Hardware barriers: one for each consumer warpgroup, and one for both together.
+LORA_DEVICE int own_barrier() { return 1 + consumer(); }
+constexpr int kConsumersBarrier = 1 + kConsumerWarpgroups;
 
 // Position in a queue of kSlots slots whose barriers start at `barriers`: full ones, then empty.
 template <int kSlots>
@@ -64,7 +71,8 @@ struct Pipeline {
   Queue<kStages> stages{base + kBarrierOffset};
   Queue<kTickets> tickets{base + kBarrierOffset + 16 * kStages};
 
-  LORA_DEVICE uint32_t panels() const { return base + stages.slot * kStageBytes; }
+  LORA_DEVICE uint32_t left() const { return base + stages.slot * kStageBytes; }
+  LORA_DEVICE uint32_t right() const { return left() + kPanelsA * kPanelBytes; }
   LORA_DEVICE uint32_t ticket_address() const { return base + kTicketOffset + 4 * tickets.slot; }
 
   LORA_DEVICE explicit Pipeline(int ctas) : ctas(ctas) {}

@@ -75,6 +75,22 @@ LORA_DEVICE void load_shared(uint32_t address, uint32_t (&v)[4]) {
                : "memory");
 }
 
+LORA_DEVICE void load_shared(uint32_t address, float (&v)[4]) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+LORA_DEVICE void store_shared(uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+
+LORA_DEVICE void store_shared(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second)
+               : "memory");
+}
+
 LORA_DEVICE void store_shared(uint32_t address, const uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
@@ -161,6 +177,9 @@ LORA_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
 
 // Every thread of the warpgroup meets at the hardware barrier `id` (1 to 15).
 LORA_DEVICE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+// Every thread of both consumer warpgroups meets at the hardware barrier `id`.
+LORA_DEVICE void consumers_sync(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
 
 LORA_DEVICE void warp_sync() { __syncwarp(); }
 

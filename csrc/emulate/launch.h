@@ -7,15 +7,16 @@
 
 namespace lora {
 
-template <class Element>
 struct TensorMaps {
   int sms = 0;
   Failure failure;
 
-  template <class Matrix>
-  TensorMap operator()(const Matrix& matrix, int rows, int columns) {
-    if (matrix.address % 16 != 0 || matrix.row_stride % 8 != 0) failure = "misaligned";
-    return {reinterpret_cast<uint8_t*>(matrix.address), rows, columns, matrix.row_stride * 2};
+  template <class T, class Matrix>
+  TensorMap of(const Matrix& matrix, int rows, int columns, int box_rows = kPanel) {
+    constexpr int kBytes = kRowBytes / kRowElements<T>;
+    const int64_t pitch = matrix.row_stride * kBytes;
+    if (matrix.address % 16 != 0 || pitch % 16 != 0) failure = "misaligned";
+    return {reinterpret_cast<uint8_t*>(matrix.address), rows, columns, pitch, kBytes, box_rows};
   }
 };
 

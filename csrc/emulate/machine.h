@@ -28,9 +28,10 @@
 
 namespace lora {
 
-struct TensorMap {  // a row-major matrix of 16-bit elements in boxes of 64 x 64, 128-byte swizzle
+struct TensorMap {  // a row-major matrix in boxes 128 bytes wide, 128-byte swizzle
   uint8_t* data;
   int64_t rows, columns, pitch_bytes;
+  int element_bytes, box_rows;
 };
 
 namespace emulate {

@@ -66,6 +66,14 @@ inline void store_cluster(uint32_t address, uint32_t value) {
 inline void load_shared(uint32_t address, uint32_t (&v)[4]) {
   std::memcpy(v, &Machine::cta().ordinary[own(address)], 16);
 }
+inline void load_shared(uint32_t address, float (&v)[4]) {
+  std::memcpy(v, &Machine::cta().ordinary[own(address)], 16);
+}
+inline void store_shared(uint32_t address, float v) { write_shared(address, &v, 4); }
+inline void store_shared(uint32_t address, float first, float second) {
+  const float v[] = {first, second};
+  write_shared(address, v, 8);
+}
 inline void store_shared(uint32_t address, const uint32_t (&v)[4]) { write_shared(address, v, 16); }
 
 inline void gather_warp(uint32_t value, uint32_t (&values)[32]) {
@@ -150,6 +158,7 @@ inline void barrier_wait_cluster(uint32_t address, uint32_t parity) {
 inline void barrier_arrive_cluster(uint32_t address) { barrier_arrive(address); }
 
 inline void warpgroup_sync(int id) { Machine::get().meet(id, 128); }
+inline void consumers_sync(int id) { Machine::get().meet(id, 256); }
 inline void warp_sync() {
   uint32_t values[32];
   gather_warp(0, values);
@@ -202,13 +211,13 @@ template <class Visit>
 inline void for_box(const TensorMap& map, uint32_t shared, int inner, int outer,
                     const Visit& visit) {
   const bool swizzled = !Machine::faulty("TMA does not swizzle");
-  for (int row = 0; row < 64; ++row) {
-    for (int column = 0; column < 64; ++column) {
-      uint32_t address = shared + row * 128 + column * 2;
+  for (int row = 0; row < map.box_rows; ++row) {
+    for (int column = 0; column < 128 / map.element_bytes; ++column) {
+      uint32_t address = shared + row * 128 + column * map.element_bytes;
       if (swizzled) address ^= (address >> 7 & 7) << 4;
       const int64_t r = int64_t{outer} + row, c = int64_t{inner} + column;
       const bool inside = r >= 0 && r < map.rows && c >= 0 && c < map.columns;
-      visit(address, inside ? map.data + r * map.pitch_bytes + c * 2 : nullptr);
+      visit(address, inside ? map.data + r * map.pitch_bytes + c * map.element_bytes : nullptr);
     }
   }
 }
@@ -227,13 +236,13 @@ inline void tma_load_multicast(uint32_t target, const TensorMap* map, uint32_t b
     Machine::get().start([=, map = *map] {
       Machine::require(cta->unfinished == 384, "TMA load into a CTA that has begun to leave");
       for_box(map, target, inner, outer, [&](uint32_t address, const uint8_t* element) {
-        uint16_t value = 0;
-        if (element != nullptr) std::memcpy(&value, element, 2);
-        std::memcpy(&cta->ordinary[address], &value, 2);
-        std::memcpy(&cta->async[address], &value, 2);
+        uint32_t value = 0;
+        if (element != nullptr) std::memcpy(&value, element, map.element_bytes);
+        std::memcpy(&cta->ordinary[address], &value, map.element_bytes);
+        std::memcpy(&cta->async[address], &value, map.element_bytes);
       });
       emulate::Barrier& full = cta->barriers[barrier];
-      full.bytes -= 64 * 64 * 2;
+      full.bytes -= map.box_rows * 128;
       complete_if_done(full);
     });
   }
@@ -250,18 +259,18 @@ inline void tma_store(const TensorMap* map, uint32_t source, int inner, int oute
   Machine::require(source % 1024 == 0, "a panel must be aligned to 1024 bytes");
   Machine::require(map->data != nullptr, "TMA store to an absent tensor");
   emulate::Cta* cta = Machine::thread().cta;
-  auto values = std::make_shared<std::vector<std::pair<uint8_t*, uint16_t>>>();
+  auto values = std::make_shared<std::vector<std::pair<uint8_t*, uint32_t>>>();
   Machine::thread().open_stores.push_back(Machine::get().start(
       [=, map = *map] {
         for_box(map, source, inner, outer, [&](uint32_t address, uint8_t* element) {
           if (element == nullptr) return;
-          uint16_t value;
-          std::memcpy(&value, &cta->async[address], 2);
+          uint32_t value;
+          std::memcpy(&value, &cta->async[address], map.element_bytes);
           values->push_back({element, value});
         });
       },
-      [=] {
-        for (const auto& [element, value] : *values) std::memcpy(element, &value, 2);
+      [=, bytes = map->element_bytes] {
+        for (const auto& [element, value] : *values) std::memcpy(element, &value, bytes);
       }));
 }
 

@@ -38,73 +38,82 @@ struct BackwardParameters {
   }
 };
 
+template <class Element, class Adapter>
 LORA_DEVICE void produce(const BackwardParameters& f, Pipeline& pipeline, int ticket) {
   constexpr Major kK = Major::kK, kMn = Major::kMn;
   const int cta = pipeline.rank;
   if (ticket < f.q_end()) {
     const auto [row, rank] = f.skinny(ticket, cta);
-    load<kRankTile, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.b, rank * kRankTile}, f.n);
+    load<Element, Adapter, kRankTile, kK, kMn>(pipeline, {&f.dy, row * kTileM},
+                                               {&f.b, rank * kRankTile}, f.n);
   } else if (ticket < f.db_end()) {
     const auto [block, rank] = f.skinny(ticket - f.q_end(), cta);
-    load<kRankTile, kMn, kMn>(pipeline, {&f.dy, block * kTileM}, {&f.p, rank * kRankTile}, f.m);
+    load<Element, Adapter, kRankTile, kMn, kMn>(pipeline, {&f.dy, block * kTileM},
+                                                {&f.p, rank * kRankTile}, f.m);
   } else if (ticket < f.dx_end()) {
     const auto [row, column] = f.dx_tile(ticket, cta);
     const auto frozen = [&, row = row, column = column] {
-      load<kTileN, kK, kMn>(pipeline, {&f.dy, row * kTileM}, {&f.w, column * kTileN}, f.n);
+      load<Element, Element, kTileN, kK, kMn>(pipeline, {&f.dy, row * kTileM},
+                                              {&f.w, column * kTileN}, f.n);
     };
     if (!f.dropout.enabled) frozen();
     await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
-    load<kTileN, kK, kMn>(pipeline, {&f.q, row * kTileM}, {&f.a, column * kTileN}, f.r);
+    load<Adapter, Adapter, kTileN, kK, kMn>(pipeline, {&f.q, row * kTileM}, {&f.a, column * kTileN},
+                                            f.r);
     if (f.dropout.enabled) frozen();
   } else {
     const auto [block, rank] = f.skinny(ticket - f.dx_end(), cta);
     await_flag(f.workspace + kAllReady, kConsumerWarpgroups * f.ctas * f.q_end());
-    load<kRankTile, kMn, kMn>(pipeline, {&f.x, block * kTileM}, {&f.q, rank * kRankTile}, f.m);
+    load<Element, Adapter, kRankTile, kMn, kMn>(pipeline, {&f.x, block * kTileM},
+                                                {&f.q, rank * kRankTile}, f.m);
   }
 }
 
 // Q[128, 64] = m * dy * B, and the flag of its rows. B is read as it lies: R is contiguous.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void q_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
   float acc[kRankTile / 2];
   fill_zero(acc);
-  contract<Element, kRankTile, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
+  contract<Element, Element, Adapter, kRankTile, Major::kK, Major::kMn>(acc, pipeline, f.n,
+                                                                        NoMask{});
   multiply(acc, f.scale.factor);
-  store.run<Element, false>(acc, &f.q, item.row * kTileM + consumer() * kPanel,
+  store.run<Adapter, false>(acc, &f.q, item.row * kTileM + consumer() * kPanel,
                             item.column * kRankTile);
   Store::publish(f.workspace, item.row);
 }
 
 // db[128, 64] = 2^e * dy^T * P, summed over M in order.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void db_item(const BackwardParameters& f, Pipeline& pipeline, Store& store, Tile item) {
   float acc[kRankTile / 2];
   fill_zero(acc);
-  contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
+  contract<Element, Element, Adapter, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, f.m,
+                                                                         NoMask{});
   multiply(acc, f.scale.raise);
-  store.run<Element, false>(acc, &f.db, item.row * kTileM + consumer() * kPanel,
+  store.run<Adapter, false>(acc, &f.db, item.row * kTileM + consumer() * kPanel,
                             item.column * kRankTile);
 }
 
 // da[64, 128] = 2^e * Q^T * keep(x), computed as its transpose so that x is the wide operand.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void da_item(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                          Store& store, Tile item) {
   const int column = item.row * kTileM + consumer() * kPanel;
   float acc[kRankTile / 2];
   fill_zero(acc);
   if (dropout.enabled) {
-    contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m),
-                                                         PanelMask{dropout, 0, column, kDepth, 0});
+    contract<Element, Element, Adapter, kRankTile, Major::kMn, Major::kMn>(
+        acc, pipeline, f.m, PanelMask{dropout, 0, column, kPanel, 0});
   } else {
-    contract<Element, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, Extent(f.m), NoMask{});
+    contract<Element, Element, Adapter, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, f.m,
+                                                                           NoMask{});
   }
   multiply(acc, f.scale.raise);
-  store.run<Element, true>(acc, &f.da, column, item.column * kRankTile);
+  store.run<Adapter, true>(acc, &f.da, column, item.column * kRankTile);
 }
 
 // Zeroes the accumulators of dx that dropout drops. The four lanes that hold a row's group of eight
-// columns hold one random word of it each; each lane computes every fourth group and they exchange.
+// columns hold two of them each; each lane draws every fourth group and they exchange.
 LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& dropout, int row,
                                    int column) {
   const int thread = consumer_thread(), lane = thread % 4;
@@ -113,36 +122,32 @@ LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& drop
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int block = 0; block < kTileN / 8; block += 4) {
-      uint32_t words[4];
-      keep_masks(dropout, row + 8 * half, column / 8 + block + lane, words);
+      const uint32_t drawn = keep_bits(dropout, row + 8 * half, column / 8 + block + lane);
 #pragma unroll
       for (int source = 0; source < 4; ++source) {
-        uint32_t mask = 0;
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          const uint32_t shared = ptx::shuffle_quad(words[word], source);
-          if (word == lane) mask = shared;
-        }
+        const uint32_t bits = ptx::shuffle_quad(drawn, source) >> (2 * lane);
         const int at = 4 * (block + source) + 2 * half;
-        if ((mask & 1) == 0) acc[at] = 0.0f;
-        if ((mask >> 31) == 0) acc[at + 1] = 0.0f;
+        if ((bits & 1) == 0) acc[at] = 0.0f;
+        if ((bits & 2) == 0) acc[at + 1] = 0.0f;
       }
     }
   }
 }
 
 // dx[128, 256] = dy*W + 2^e*keep(Q*A). Dropout masks Q*A alone, so it must come first then.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                          Store& store, Tile tile) {
   const int row = tile.row * kTileM + consumer() * kPanel, column = tile.column * kTileN;
   float acc[kTileN / 2];
   fill_zero(acc);
   const auto frozen = [&] {
-    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.n), NoMask{});
+    contract<Element, Element, Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, f.n,
+                                                                       NoMask{});
   };
   const auto low_rank = [&] {
-    contract<Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, Extent(f.r), NoMask{});
+    contract<Element, Adapter, Adapter, kTileN, Major::kK, Major::kMn>(acc, pipeline, f.r,
+                                                                       NoMask{});
   };
   if (dropout.enabled) {
     low_rank();
@@ -156,41 +161,42 @@ LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pi
   store.run<Element, false>(acc, &f.dx, row, column);
 }
 
-template <class Element>
+template <class Element, class Adapter>
 LORA_KERNEL(kThreads)
 lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
   run_items(
       f.ctas, f.workspace, kReady + f.groups(f.m) * f.ctas, f.end(),
-      [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
+      [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         const int cta = pipeline.rank;
         if (ticket < f.q_end()) {
-          q_item<Element>(f, pipeline, store, f.skinny(ticket, cta));
+          q_item<Element, Adapter>(f, pipeline, store, f.skinny(ticket, cta));
         } else if (ticket < f.db_end()) {
-          db_item<Element>(f, pipeline, store, f.skinny(ticket - f.q_end(), cta));
+          db_item<Element, Adapter>(f, pipeline, store, f.skinny(ticket - f.q_end(), cta));
         } else if (ticket < f.dx_end()) {
-          dx_tile<Element>(f, with_seed(f.dropout), pipeline, store, f.dx_tile(ticket, cta));
+          dx_tile<Element, Adapter>(f, with_seed(f.dropout), pipeline, store,
+                                    f.dx_tile(ticket, cta));
         } else {
-          da_item<Element>(f, with_seed(f.dropout), pipeline, store,
-                           f.skinny(ticket - f.dx_end(), cta));
+          da_item<Element, Adapter>(f, with_seed(f.dropout), pipeline, store,
+                                    f.skinny(ticket - f.dx_end(), cta));
         }
       });
 }
 
-template <class Element>
+template <class Element, class Adapter>
 Failure backward(const BackwardArguments& arguments, cudaStream_t stream) {
   const BackwardArguments& f = arguments;
-  TensorMaps<Element> maps;
-  const BackwardParameters parameters{maps(f.dy, f.m, f.n),
-                                      maps(f.x, f.m, f.k),
-                                      maps(f.w, f.n, f.k),
-                                      maps(f.a, f.r, f.k),
-                                      maps(f.b, f.n, f.r),
-                                      maps(f.p, f.m, f.r),
-                                      maps(f.q, f.m, f.r),
-                                      maps(f.dx, f.m, f.k),
-                                      maps(f.da, f.r, f.k),
-                                      maps(f.db, f.n, f.r),
+  TensorMaps maps;
+  const BackwardParameters parameters{maps.of<Element>(f.dy, f.m, f.n),
+                                      maps.of<Element>(f.x, f.m, f.k),
+                                      maps.of<Element>(f.w, f.n, f.k),
+                                      maps.of<Adapter>(f.a, f.r, f.k, kDepth<Adapter>),
+                                      maps.of<Adapter>(f.b, f.n, f.r),
+                                      maps.of<Adapter>(f.p, f.m, f.r),
+                                      maps.of<Adapter>(f.q, f.m, f.r),
+                                      maps.of<Element>(f.dx, f.m, f.k),
+                                      maps.of<Adapter>(f.da, f.r, f.k),
+                                      maps.of<Adapter>(f.db, f.n, f.r),
                                       reinterpret_cast<uint32_t*>(f.workspace),
                                       cluster_ctas(f.m),
                                       f.m,
@@ -203,8 +209,8 @@ Failure backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                       f.scale,
                                       f.dropout};
   if (!maps.failure.empty()) return maps.failure;
-  return launch<lora_linear_backward<Element>>(parameters, parameters.end(), parameters.ctas,
-                                               maps.sms, stream);
+  return launch<lora_linear_backward<Element, Adapter>>(parameters, parameters.end(),
+                                                        parameters.ctas, maps.sms, stream);
 }
 
 }  // namespace lora

@@ -34,21 +34,24 @@ struct ForwardParameters {
   }
 };
 
+template <class Element, class Adapter>
 LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int ticket) {
   if (ticket < f.p_end()) {
     const auto [row, rank] = f.p_item(ticket, pipeline.rank);
-    load<kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.a, rank * kRankTile},
-                                          f.k);
+    load<Element, Adapter, kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
+                                                            {&f.a, rank * kRankTile}, f.k);
     return;
   }
   const auto [row, column] = f.main_tile(ticket, pipeline.rank);
-  load<kTileN, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM}, {&f.w, column * kTileN}, f.k);
+  load<Element, Element, kTileN, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
+                                                       {&f.w, column * kTileN}, f.k);
   await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
-  load<kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM}, {&f.b, column * kTileN}, f.r);
+  load<Adapter, Adapter, kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM},
+                                                       {&f.b, column * kTileN}, f.r);
 }
 
 // P[128, 64] = m * keep(x) * A^T, and the flag of its rows.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                         Store& store, int ticket) {
   const auto [row_block, rank] = f.p_item(ticket, pipeline.rank);
@@ -56,13 +59,14 @@ LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipe
   float acc[kRankTile / 2];
   fill_zero(acc);
   if (dropout.enabled) {
-    contract<Element, kRankTile, Major::kK, Major::kK>(acc, pipeline, Extent(f.k),
-                                                       PanelMask{dropout, row, 0, 0, kDepth});
+    contract<Element, Element, Adapter, kRankTile, Major::kK, Major::kK>(
+        acc, pipeline, f.k, PanelMask{dropout, row, 0, 0, kPanel});
   } else {
-    contract<Element, kRankTile, Major::kK, Major::kK>(acc, pipeline, Extent(f.k), NoMask{});
+    contract<Element, Element, Adapter, kRankTile, Major::kK, Major::kK>(acc, pipeline, f.k,
+                                                                         NoMask{});
   }
   multiply(acc, f.scale.factor);
-  store.run<Element, false>(acc, &f.p, row, rank * kRankTile);
+  store.run<Adapter, false>(acc, &f.p, row, rank * kRankTile);
   Store::publish(f.workspace, row_block);
 }
 
@@ -83,45 +87,45 @@ LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint16_t* bias, int co
 }
 
 // y[128, 256] = x*W^T + 2^e*(P*B^T) (+ bias): P and B come through the same ring into the same sum.
-template <class Element>
+template <class Element, class Adapter>
 LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store& store,
                            int ticket) {
   const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   float acc[kTileN / 2];
   fill_zero(acc);
-  contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.k), NoMask{});
+  contract<Element, Element, Element, kTileN, Major::kK, Major::kK>(acc, pipeline, f.k, NoMask{});
   add_scaled(acc, f.scale, [&] {
-    contract<Element, kTileN, Major::kK, Major::kK>(acc, pipeline, Extent(f.r), NoMask{});
+    contract<Element, Adapter, Adapter, kTileN, Major::kK, Major::kK>(acc, pipeline, f.r, NoMask{});
   });
   if (f.bias != nullptr) add_bias<Element>(acc, f.bias, column * kTileN, f.n);
   store.run<Element, false>(acc, &f.y, row * kTileM + consumer() * kPanel, column * kTileN);
 }
 
-template <class Element>
+template <class Element, class Adapter>
 LORA_KERNEL(kThreads)
 lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
   run_items(
       f.ctas, f.workspace, kReady + f.row_groups() * f.ctas, f.end(),
-      [&](Pipeline& pipeline, int ticket) { produce(f, pipeline, ticket); },
+      [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         if (ticket < f.p_end()) {
-          p_item<Element>(f, with_seed(f.dropout), pipeline, store, ticket);
+          p_item<Element, Adapter>(f, with_seed(f.dropout), pipeline, store, ticket);
         } else {
-          main_tile<Element>(f, pipeline, store, ticket);
+          main_tile<Element, Adapter>(f, pipeline, store, ticket);
         }
       });
 }
 
-template <class Element>
+template <class Element, class Adapter>
 Failure forward(const ForwardArguments& arguments, cudaStream_t stream) {
   const auto [m, n, k, r, x, w, a, b, y, p, bias, workspace, scale, dropout] = arguments;
-  TensorMaps<Element> maps;
-  const ForwardParameters parameters{maps(x, m, k),
-                                     maps(w, n, k),
-                                     maps(a, r, k),
-                                     maps(b, n, r),
-                                     maps(y, m, n),
-                                     maps(p, m, r),
+  TensorMaps maps;
+  const ForwardParameters parameters{maps.of<Element>(x, m, k),
+                                     maps.of<Element>(w, n, k),
+                                     maps.of<Adapter>(a, r, k),
+                                     maps.of<Adapter>(b, n, r),
+                                     maps.of<Element>(y, m, n),
+                                     maps.of<Adapter>(p, m, r),
                                      reinterpret_cast<const uint16_t*>(bias),
                                      reinterpret_cast<uint32_t*>(workspace),
                                      cluster_ctas(m),
@@ -132,8 +136,8 @@ Failure forward(const ForwardArguments& arguments, cudaStream_t stream) {
                                      scale,
                                      dropout};
   if (!maps.failure.empty()) return maps.failure;
-  return launch<lora_linear_forward<Element>>(parameters, parameters.end(), parameters.ctas,
-                                              maps.sms, stream);
+  return launch<lora_linear_forward<Element, Adapter>>(parameters, parameters.end(),
+                                                       parameters.ctas, maps.sms, stream);
 }
 
 }  // namespace lora

@@ -35,12 +35,12 @@ struct BackwardArguments {
 };
 
 // y = x*W^T + 2^e*(P*B^T) (+ bias) and P, in one launch on `stream` of the current device.
-template <class Element>
+template <class Element, class Adapter>
 Failure forward(const ForwardArguments& arguments, cudaStream_t stream);
 
 // The needed ones of dx = dy*W + 2^e*keep(Q*A), da = 2^e*Q^T*keep(x) and db = 2^e*dy^T*P, in one
 // launch.
-template <class Element>
+template <class Element, class Adapter>
 Failure backward(const BackwardArguments& arguments, cudaStream_t stream);
 
 }  // namespace lora

@@ -1,22 +1,23 @@
-// What every work item is made of: a 128 x N tile of L*R^T, contracted through the ring, rounded
-// once and stored by TMA; and the flags that carry P and Q from one CTA to another.
+// What every work item is made of: a 128 x N tile of L*R^T, contracted through the ring; the flags
+// that carry P and Q from one CTA to another; and the loop that works off the items.
 #pragma once
 
 #include "../common/philox.h"
-#include "../common/pipeline.h"
 #include "../common/schedule.h"
 #include "../common/wgmma.h"
+#include "fp32_sm90.cuh"
+#include "store_sm90.cuh"
 
 namespace lora {
 
 constexpr int kTileM = 128;    // rows of a tile: 64 for each consumer warpgroup
 constexpr int kTileN = 256;    // columns of a main or dx tile
 constexpr int kRankTile = 64;  // columns of a P, Q, db or da item
-constexpr int kDepth = 64;     // contraction per stage
 constexpr int kGroup = 16;     // row blocks that share the L2 cache
 
-LORA_DEVICE int consumer() { return ptx::thread_index() / 128 - 1; }
-LORA_DEVICE int consumer_thread() { return ptx::thread_index() % 128; }
+// Contraction per stage: a row of a panel of the left operand.
+template <class Left>
+constexpr int kDepth = kRowElements<Left>;
 
 // --- Producer ------------------------------------------------------------------------------------
 
@@ -26,13 +27,12 @@ struct Operand {
   int start;
 };
 
-template <Major kMajor>
-LORA_DEVICE void load_panel(const Pipeline& pipeline, int panel, const Operand& operand, int offset,
-                            int depth, bool shared) {
-  const uint32_t target = pipeline.panels() + panel * kPanelBytes, full = pipeline.stages.full();
-  const int start = operand.start + offset;
-  const int inner = kMajor == Major::kK ? depth : start;
-  const int outer = kMajor == Major::kK ? start : depth;
+template <class Boxes>
+LORA_DEVICE void load_box(const Pipeline& pipeline, uint32_t boxes, int i, const Operand& operand,
+                          int depth, bool shared) {
+  const uint32_t target = boxes + i * Boxes::kBoxBytes, full = pipeline.stages.full();
+  const int inner = Boxes::inner(i, operand.start, depth);
+  const int outer = Boxes::outer(i, operand.start, depth);
   if (shared) {
     ptx::tma_load_multicast(target, operand.map, full, inner, outer, (1 << pipeline.ctas) - 1);
   } else {
@@ -41,25 +41,28 @@ LORA_DEVICE void load_panel(const Pipeline& pipeline, int panel, const Operand& 
 }
 
 // Streams both operands of a tile, contracted over `depth`, through the ring. The CTAs of a cluster
-// take turns at the panels of the right operand. A panel may come from another CTA before this one
+// take turns at the boxes of the right operand. A box may come from another CTA before this one
 // expects it; the phase still ends only after this CTA's arrival.
-template <int kN, Major kMajorA, Major kMajorB>
+template <class Left, class Right, int kN, Major kMajorA, Major kMajorB>
 LORA_DEVICE void load(Pipeline& pipeline, const Operand& a, const Operand& b, int depth) {
-  constexpr int kPanelsN = kN / kPanel;
+  using BoxesA = Boxes<Left, kMajorA, kTileM, kDepth<Left>>;
+  using BoxesB = Boxes<Right, kMajorB, kN, kDepth<Left>>;
+  static_assert(BoxesA::kBytes <= kPanelsA * kPanelBytes &&
+                BoxesB::kBytes <= kPanelsB * kPanelBytes);
 #pragma unroll 1
-  for (int k = 0; k < depth; k += kDepth) {
+  for (int k = 0; k < depth; k += kDepth<Left>) {
     pipeline.stages.await_empty();
-    ptx::barrier_arrive_expecting(pipeline.stages.full(), (kPanelsA + kPanelsN) * kPanelBytes);
+    ptx::barrier_arrive_expecting(pipeline.stages.full(), BoxesA::kBytes + BoxesB::kBytes);
 #pragma unroll
-    for (int i = 0; i < kPanelsA; ++i) {
-      load_panel<kMajorA>(pipeline, i, a, i * kPanel, k, false);
+    for (int i = 0; i < BoxesA::kCount; ++i) {
+      load_box<BoxesA>(pipeline, pipeline.left(), i, a, k, false);
     }
 #pragma unroll
-    for (int i = 0; i < kPanelsN; ++i) {
+    for (int i = 0; i < BoxesB::kCount; ++i) {
       if (pipeline.ctas == 1) {
-        load_panel<kMajorB>(pipeline, kPanelsA + i, b, i * kPanel, k, false);
+        load_box<BoxesB>(pipeline, pipeline.right(), i, b, k, false);
       } else if (i % 2 == pipeline.rank) {
-        load_panel<kMajorB>(pipeline, kPanelsA + i, b, i * kPanel, k, true);
+        load_box<BoxesB>(pipeline, pipeline.right(), i, b, k, true);
       }
     }
     pipeline.stages.advance();
@@ -101,44 +104,44 @@ struct PanelMask {
       ptx::store_shared(address, values);
     }
     ptx::fence_proxy_async_shared();
-    ptx::warpgroup_sync(1 + consumer());
+    ptx::warpgroup_sync(own_barrier());
     row += row_step;
     column += column_step;
   }
 };
 
-// The stages of a contraction: full ones, then one of which only the first `last_slices` slices of
-// 16 count (0: there is none).
-struct Extent {
-  int full_stages, last_slices;
-
-  LORA_DEVICE explicit Extent(int depth)
-      : full_stages(depth / kDepth), last_slices(blocks(depth % kDepth, kWgmmaK)) {}
-};
-
-// acc += L*R^T of this warpgroup's 64 rows, over the next stages of the ring.
+// acc += L*R^T of this warpgroup's 64 rows, contracted over `depth` in the next stages of the ring.
+// Operands are stored as Left and Right and multiplied as Element: fp32 on the right alone is split
+// in two products, fp32 on both sides is rounded.
 //
 // One stage's multiplications stay in flight: it is released a step later, and only the last step
 // is waited for. What a stage holds beyond the depth is zero by TMA's fill.
-template <class Element, int kN, Major kMajorA, Major kMajorB, class Mask>
-LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, Extent extent, Mask mask) {
+template <class Element, class Left, class Right, int kN, Major kMajorA, Major kMajorB, class Mask>
+LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, Mask mask) {
   using Multiply = ptx::Wgmma<Element, kN, kMajorA == Major::kMn, kMajorB == Major::kMn>;
+  constexpr bool kRounded = std::is_same_v<Left, float>;
+  constexpr bool kSplit = !kRounded && std::is_same_v<Right, float>;
   const auto await = [&] {
     pipeline.stages.await_full();
-    if constexpr (Mask::kActive) mask.apply(pipeline.panels() + consumer() * kPanelBytes);
+    if constexpr (Mask::kActive) mask.apply(pipeline.left() + consumer() * kPanelBytes);
+    if constexpr (kSplit) split_right<Element>(pipeline.right());
+    if constexpr (kRounded) round_both<Element, kMajorB>(pipeline);
   };
   const auto slice = [&](int i) {
-    const uint32_t a = pipeline.panels() + consumer() * kPanelBytes;
-    const uint32_t b = pipeline.panels() + kPanelsA * kPanelBytes;
-    Multiply::run(acc, descriptor<kMajorA>(a, i), descriptor<kMajorB>(b, i));
+    const uint64_t a = descriptor<kMajorA>(pipeline.left() + consumer() * kPanelBytes, i);
+    const uint32_t b = pipeline.right() + (kSplit ? kHighPanel * kPanelBytes : 0);
+    Multiply::run(acc, a, descriptor<kMajorB>(b, i));
+    if constexpr (kSplit) Multiply::run(acc, a, descriptor<kMajorB>(b + kPanelBytes, i));
   };
+  const int full_stages = depth / kDepth<Left>;
+  const int last_slices = blocks(depth % kDepth<Left>, kWgmmaK);
   uint32_t previous = 0;
 #pragma unroll 1
-  for (int stage = 0; stage < extent.full_stages; ++stage) {
+  for (int stage = 0; stage < full_stages; ++stage) {
     await();
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kDepth / kWgmmaK; ++i) slice(i);
+    for (int i = 0; i < kDepth<Left> / kWgmmaK; ++i) slice(i);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     if (previous != 0) pipeline.release(previous);
@@ -147,10 +150,10 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, Extent exten
   }
   ptx::wgmma_wait<0>();
   if (previous != 0) pipeline.release(previous);
-  if (extent.last_slices != 0) {
+  if (last_slices != 0) {
     await();
 #pragma unroll 1
-    for (int i = 0; i < extent.last_slices; ++i) {
+    for (int i = 0; i < last_slices; ++i) {
       ptx::wgmma_fence();
       slice(i);
       ptx::wgmma_commit();
@@ -187,74 +190,6 @@ LORA_DEVICE void add_scaled(float (&acc)[kCount], const Scale& scale, const LowR
     multiply(acc, scale.raise);
   }
 }
-
-// This warpgroup's panels for stores: two, so that one is filled while the other is being read.
-struct Store {
-  uint32_t panels;
-  int next = 0;
-
-  LORA_DEVICE explicit Store(const Pipeline& pipeline)
-      : panels(pipeline.base + kStoreOffset + consumer() * kStorePanels * kPanelBytes) {}
-
-  LORA_DEVICE static bool leads() { return consumer_thread() == 0; }
-
-  // Rounds 64 x kN accumulators once and stores them at (row, column) of the tensor, transposed at
-  // (column, row) if kTransposed. Returns before the store is done.
-  template <class Element, bool kTransposed, int kCount>
-  LORA_DEVICE void run(const float (&acc)[kCount], const TensorMap* map, int row, int column) {
-#pragma unroll
-    for (int chunk = 0; chunk < kCount / 32; ++chunk) {
-      const uint32_t panel = panels + next * kPanelBytes;
-      next ^= 1;
-      if (leads()) ptx::tma_store_wait_read<1>();
-      ptx::warpgroup_sync(1 + consumer());
-      write_panel<Element, kTransposed>(acc, chunk, panel);
-      ptx::fence_proxy_async_shared();
-      ptx::warpgroup_sync(1 + consumer());
-      if (leads()) {
-        const int at = column + chunk * kPanel;
-        ptx::tma_store(map, panel, kTransposed ? row : at, kTransposed ? at : row);
-        ptx::tma_store_commit();
-      }
-    }
-  }
-
-  // Each stmatrix writes two 8-column blocks of the warp's 16 rows (wgmma.h has the fragment).
-  template <class Element, bool kTransposed, int kCount>
-  LORA_DEVICE static void write_panel(const float (&acc)[kCount], int chunk, uint32_t panel) {
-    const int lane = consumer_thread() % 32, warp = consumer_thread() / 32;
-    const int matrix = lane / 8, half = matrix % 2;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 32 * chunk + 4 * j + 2 * i;
-        packed[i] = ptx::pack<Element>(acc[at], acc[at + 1]);
-      }
-      const int block = j + matrix / 2;
-      ptx::store_matrix<kTransposed>(
-          kTransposed ? chunk_address(panel, 8 * block + lane % 8, 2 * warp + half)
-                      : chunk_address(panel, 16 * warp + 8 * half + lane % 8, block),
-          packed);
-    }
-  }
-
-  // Announces to other CTAs what this warpgroup has stored so far.
-  LORA_DEVICE static void publish(uint32_t* workspace, int row_block) {
-    if (leads()) {
-      ptx::tma_store_wait_written();
-      ptx::fence_acq_rel_gpu();
-      ptx::add_relaxed(workspace + kReady + row_block, 1);
-      ptx::add_relaxed(workspace + kAllReady, 1);
-    }
-  }
-
-  // Shared memory must outlive the stores that read it.
-  LORA_DEVICE static void drain() {
-    if (leads()) ptx::tma_store_wait_written();
-  }
-};
 
 // --- Kernel skeleton -----------------------------------------------------------------------------
 

@@ -30,11 +30,19 @@ def why_not(problem: Problem) -> str | None:
         return f"it needs compute capability 9.0, not {p.arch / 10}"
     if p.dtype not in _DTYPES:
         return f"{p.dtype} is not supported, only bfloat16 and float16".replace("torch.", "")
-    if p.adapter_dtype != p.dtype:
-        return f"adapters must have x's dtype, not {p.adapter_dtype}".replace("torch.", "")
-    for name, size in (("K", p.k), ("N", p.n), ("R", p.r)):
-        if size % (_ALIGNMENT // p.dtype.itemsize) != 0:
-            return f"TMA needs rows of a multiple of 16 bytes: {name}={size} is no multiple of 8"
+    if p.adapter_dtype not in (p.dtype, torch.float32):
+        return f"adapters must have x's dtype or float32, not {p.adapter_dtype}".replace(
+            "torch.", ""
+        )
+    for name, size, dtype in (
+        ("K", p.k, p.dtype),
+        ("N", p.n, p.dtype),
+        ("R", p.r, p.adapter_dtype),
+    ):
+        unit = _ALIGNMENT // dtype.itemsize
+        if size % unit != 0:
+            rows = "TMA needs rows of a multiple of 16 bytes"
+            return f"{rows}: {name}={size} is no multiple of {unit}"
     if min(p.m, p.n, p.k) == 0:
         return "an empty problem is not supported"
     if max(p.m, p.n, p.k, p.r) >= 2**31 - 256:
@@ -57,7 +65,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
         stream = current_stream(device)
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_forward(
-            x.dtype == torch.bfloat16, m, n, k, r,
+            x.dtype == torch.bfloat16, p.dtype == torch.float32, m, n, k, r,
             *map(_matrix, (x, weight, lora_a, lora_b)),
             0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
             call.scale(), _dropout(call.dropout_p, call.seed), stream,
@@ -82,7 +90,7 @@ def backward(call: Backward) -> Gradients:
         stream = current_stream(device)
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_backward(
-            dy.dtype == torch.bfloat16, m, n, k, r,
+            dy.dtype == torch.bfloat16, dtype == torch.float32, m, n, k, r,
             *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
             flags.data_ptr(), call.scale(), _dropout(call.dropout_p, call.seed), stream,
         )  # fmt: skip

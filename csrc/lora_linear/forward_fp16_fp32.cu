@@ -1,0 +1,4 @@
+#include "forward_sm90.cuh"
+
+template lora::Failure lora::forward<lora::Fp16, float>(const lora::ForwardArguments&,
+                                                        cudaStream_t);

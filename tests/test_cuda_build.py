@@ -135,6 +135,9 @@ def test_the_instructions_of_the_design_are_there(  # type: ignore[no-untyped-de
     # the clean-up (two) and where the cluster meets at start and end.
     assert count["MEMBAR.ALL.GPU"] == flags + 1 + 1 + 2 + 2
     assert not any(name.startswith(("LDL", "STL", "CALL")) for name in count)
+    # No division (which begins with a reciprocal) between a ticket and its first load, and the bias
+    # in pairs.
+    assert count["MUFU.RCP"] == count["LDG.E.U16"] == 0
     # One elected thread loads; only the few stores of an epilogue loop over the lanes.
     assert count["ELECT"] == 1
     assert count["BRA.U.ANY"] == count["UTMASTG.2D"]

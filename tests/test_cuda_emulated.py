@@ -154,7 +154,15 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
     "P is not awaited": (
         "forward_bf16",
         "lora_linear/forward_sm90.cuh",
-        "  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());\n",
+        "  await_flag(f.workspace + kReady + row,"
+        " kConsumerWarpgroups * f.p_items.rank_tiles.value);\n",
+        "",
+    ),
+    "da does not await all of Q": (
+        "backward_bf16",
+        "lora_linear/backward_sm90.cuh",
+        "    await_flag(f.workspace + kAllReady,"
+        " kConsumerWarpgroups * f.ctas * f.q_items.count);\n",
         "",
     ),
     "the flag comes before P is written": (

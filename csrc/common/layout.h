@@ -24,13 +24,14 @@ constexpr int kRowElements = kRowBytes / (std::is_same_v<T, float> ? 4 : 2);
 enum class Major { kK, kMn };
 
 // The TMA boxes that bring `kExtent` x `kDepth` of a tensor of T, along M or N and along the
-// contraction: each is one row of a panel wide, and they follow one another in shared memory.
-template <class T, Major kMajor, int kExtent, int kDepth>
+// contraction: each is one row of a panel wide, and they follow one another in shared memory. With
+// the contraction along the rows a box holds all of it, else `kRowsAlong` rows of M or N.
+template <class T, Major kMajor, int kExtent, int kDepth, int kRowsAlong = kPanel>
 struct Boxes {
   static constexpr int kWidth = kRowElements<T>;
   static constexpr int kSideBySide = kMajor == Major::kK ? kDepth / kWidth : kExtent / kWidth;
-  static constexpr int kRows = kMajor == Major::kK ? kPanel : kDepth;
-  static constexpr int kCount = kSideBySide * (kMajor == Major::kK ? kExtent / kPanel : 1);
+  static constexpr int kRows = kMajor == Major::kK ? kRowsAlong : kDepth;
+  static constexpr int kCount = kSideBySide * (kMajor == Major::kK ? kExtent / kRows : 1);
   static constexpr int kBoxBytes = kRows * kRowBytes;
   static constexpr int kBytes = kCount * kBoxBytes;
 

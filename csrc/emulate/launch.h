@@ -8,7 +8,7 @@
 namespace lora {
 
 struct TensorMaps {
-  int sms = 0;
+  int sms = 2 * emulate::Machine::options().clusters;  // clusters are of two at most
   Failure failure;
 
   template <class T, class Matrix>

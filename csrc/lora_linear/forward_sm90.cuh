@@ -8,35 +8,33 @@
 namespace lora {
 
 struct ForwardParameters {
-  TensorMap x, w, a, b, y, p;
-  const uint16_t* bias;
+  TensorMap x, w, a, b, y, p;  // x in boxes of 128 rows
+  const uint32_t* bias;        // pairs
   uint32_t* workspace;
   int ctas;  // of a cluster, which takes as many blocks of rows at a time
-  int m, n, k, r;
+  int words, n, k, r;
+  SkinnyGrid p_items;
+  TileGrid tiles;
   Scale scale;
   Dropout dropout;
 
-  LORA_HOST_DEVICE int row_groups() const { return blocks(m, ctas * kTileM); }
-  LORA_HOST_DEVICE int column_blocks() const { return blocks(n, kTileN); }
-  LORA_HOST_DEVICE int rank_tiles() const { return blocks(r, kRankTile); }
-  LORA_HOST_DEVICE int p_end() const { return row_groups() * rank_tiles(); }
-  LORA_HOST_DEVICE int end() const { return p_end() + row_groups() * column_blocks(); }
+  LORA_HOST_DEVICE int end() const { return p_items.count + tiles.count; }
 
   // The part of the CTA `cta` of a cluster in an item: row block and rank tile of a P item, row
   // block and column block of a main tile.
-  LORA_HOST_DEVICE Tile p_item(int ticket, int cta) const {
-    return {ticket / rank_tiles() * ctas + cta, ticket % rank_tiles()};
+  LORA_DEVICE Tile p_item(int ticket, int cta) const {
+    const auto [group, rank] = p_items(ticket);
+    return {group * ctas + cta, rank};
   }
-  LORA_HOST_DEVICE Tile main_tile(int ticket, int cta) const {
-    const auto [group, column] =
-        grouped_tile(ticket - p_end(), row_groups(), column_blocks(), kGroup / ctas);
+  LORA_DEVICE Tile main_tile(int ticket, int cta) const {
+    const auto [group, column] = tiles(ticket - p_items.count);
     return {group * ctas + cta, column};
   }
 };
 
 template <class Element, class Adapter>
 LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int ticket) {
-  if (ticket < f.p_end()) {
+  if (ticket < f.p_items.count) {
     const auto [row, rank] = f.p_item(ticket, pipeline.rank);
     load<Element, Adapter, kRankTile, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
                                                             {&f.a, rank * kRankTile}, f.k);
@@ -45,9 +43,9 @@ LORA_DEVICE void produce(const ForwardParameters& f, Pipeline& pipeline, int tic
   const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   load<Element, Element, kTileN, Major::kK, Major::kK>(pipeline, {&f.x, row * kTileM},
                                                        {&f.w, column * kTileN}, f.k);
-  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.rank_tiles());
-  load<Adapter, Adapter, kTileN, Major::kK, Major::kK>(pipeline, {&f.p, row * kTileM},
-                                                       {&f.b, column * kTileN}, f.r);
+  await_flag(f.workspace + kReady + row, kConsumerWarpgroups * f.p_items.rank_tiles.value);
+  load<Adapter, Adapter, kTileN, Major::kK, Major::kK, kPanel>(pipeline, {&f.p, row * kTileM},
+                                                               {&f.b, column * kTileN}, f.r);
 }
 
 // P[128, 64] = m * keep(x) * A^T, and the flag of its rows.
@@ -70,14 +68,16 @@ LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipe
   Store::publish(f.workspace, row_block);
 }
 
+// N is a multiple of 8, so the elements of a pair are in or out together.
 template <class Element>
-LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint16_t* bias, int column, int n) {
+LORA_DEVICE void add_bias(float (&acc)[kTileN / 2], const uint32_t* pairs, int column, int n) {
   column += 2 * (consumer_thread() % 4);
 #pragma unroll
   for (int block = 0; block < kTileN / 8; ++block, column += 8) {
-    if (column < n) {  // N is a multiple of 8, so pairs are in or out together
-      const float low = ptx::unpack<Element>(bias[column]);
-      const float high = ptx::unpack<Element>(bias[column + 1]);
+    if (column < n) {
+      const uint32_t pair = pairs[column / 2];
+      const float low = ptx::unpack<Element>(static_cast<uint16_t>(pair));
+      const float high = ptx::unpack<Element>(static_cast<uint16_t>(pair >> 16));
       acc[4 * block] += low;
       acc[4 * block + 1] += high;
       acc[4 * block + 2] += low;
@@ -105,10 +105,10 @@ template <class Element, class Adapter>
 LORA_KERNEL(kThreads)
 lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
   run_items(
-      f.ctas, f.workspace, kReady + f.row_groups() * f.ctas, f.end(),
+      f.ctas, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
-        if (ticket < f.p_end()) {
+        if (ticket < f.p_items.count) {
           p_item<Element, Adapter>(f, with_seed(f.dropout), pipeline, store, ticket);
         } else {
           main_tile<Element, Adapter>(f, pipeline, store, ticket);
@@ -120,19 +120,22 @@ template <class Element, class Adapter>
 Failure forward(const ForwardArguments& arguments, cudaStream_t stream) {
   const auto [m, n, k, r, x, w, a, b, y, p, bias, workspace, scale, dropout] = arguments;
   TensorMaps maps;
-  const ForwardParameters parameters{maps.of<Element>(x, m, k),
+  const int ctas = cluster_ctas(m), row_groups = blocks(m, ctas * kTileM);
+  const ForwardParameters parameters{maps.of<Element>(x, m, k, kTileM),
                                      maps.of<Element>(w, n, k),
                                      maps.of<Adapter>(a, r, k),
                                      maps.of<Adapter>(b, n, r),
                                      maps.of<Element>(y, m, n),
                                      maps.of<Adapter>(p, m, r),
-                                     reinterpret_cast<const uint16_t*>(bias),
+                                     reinterpret_cast<const uint32_t*>(bias),
                                      reinterpret_cast<uint32_t*>(workspace),
-                                     cluster_ctas(m),
-                                     m,
+                                     ctas,
+                                     kReady + row_groups * ctas,
                                      n,
                                      k,
                                      r,
+                                     {row_groups, blocks(r, kRankTile)},
+                                     {row_groups, blocks(n, kTileN), kGroup / ctas},
                                      scale,
                                      dropout};
   if (!maps.failure.empty()) return maps.failure;

@@ -19,7 +19,7 @@ struct Matrix {
 struct ForwardArguments {
   int m = 0, n = 0, k = 0, r = 0;
   Matrix x, w, a, b, y, p;
-  uintptr_t bias = 0;       // 0: none
+  uintptr_t bias = 0;       // a multiple of 4; 0: none
   uintptr_t workspace = 0;  // 3 + 2*ceil(M/256) zeroed words that no other running launch uses
   Scale scale;
   Dropout dropout;

@@ -43,9 +43,9 @@ LORA_DEVICE void load_box(const Pipeline& pipeline, uint32_t boxes, int i, const
 // Streams both operands of a tile, contracted over `depth`, through the ring. The CTAs of a cluster
 // take turns at the boxes of the right operand. A box may come from another CTA before this one
 // expects it; the phase still ends only after this CTA's arrival.
-template <class Left, class Right, int kN, Major kMajorA, Major kMajorB>
+template <class Left, class Right, int kN, Major kMajorA, Major kMajorB, int kRowsA = kTileM>
 LORA_DEVICE void load(Pipeline& pipeline, const Operand& a, const Operand& b, int depth) {
-  using BoxesA = Boxes<Left, kMajorA, kTileM, kDepth<Left>>;
+  using BoxesA = Boxes<Left, kMajorA, kTileM, kDepth<Left>, kRowsA>;
   using BoxesB = Boxes<Right, kMajorB, kN, kDepth<Left>>;
   static_assert(BoxesA::kBytes <= kPanelsA * kPanelBytes &&
                 BoxesB::kBytes <= kPanelsB * kPanelBytes);

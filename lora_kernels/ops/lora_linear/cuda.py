@@ -58,7 +58,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     """
     x, weight, lora_a, lora_b = map(_addressable, call[:4])
     (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
-    bias = None if call.bias is None else call.bias.contiguous()
+    bias = None if call.bias is None else _addressable(call.bias.unsqueeze(0))
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
     device = x.device
     with made_current(device):

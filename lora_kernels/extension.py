@@ -11,16 +11,20 @@ _REASON = Path(__file__).with_name("no_extension.txt")  # where setup.py built n
 @functools.cache
 def _load() -> ModuleType | ImportError:
     try:
-        return importlib.import_module("lora_kernels._C")
+        module = importlib.import_module("lora_kernels._C")
     except ImportError as error:
         return error
+    if not hasattr(module, "why_not"):
+        return ImportError("it is older than this package and must be built anew")
+    reason = module.why_not()  # a driver too old, say
+    return module if reason is None else ImportError(reason)
 
 
 def why_absent() -> str | None:
     """Return why the compiled extension cannot be used, or None when it can."""
     loaded = _load()
     if not isinstance(loaded, ImportError):
-        return loaded.why_not()
+        return None
     if isinstance(loaded, ModuleNotFoundError):
         why = _REASON.read_text() if _REASON.exists() else "it takes nvcc and ninja at installation"
         return f"the CUDA extension lora_kernels._C is not built: {why}"

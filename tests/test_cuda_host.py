@@ -1,5 +1,6 @@
 """The CUDA backend's host side: what it refuses, and what it copies."""
 
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -58,6 +59,23 @@ def test_an_absent_extension_is_the_last_reason(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(extension, "why_absent", lambda: "not built")
     assert cuda.why_not(HOPPER) == "not built"
     assert cuda.why_not(HOPPER._replace(arch=80)) == "it needs compute capability 9.0, not 8.0"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (SimpleNamespace(why_not=lambda: "the driver is too old"), "the driver is too old"),
+        (SimpleNamespace(), "it is older than this package"),
+    ],
+    ids=["driver", "build"],
+)
+def test_an_extension_that_cannot_serve_does_not_load(
+    module: SimpleNamespace, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lora_kernels._C", module)
+    monkeypatch.setattr(extension, "_load", extension._load.__wrapped__)
+    with pytest.raises(ImportError, match=reason):
+        extension.load()
 
 
 def test_asking_for_it_by_name_gets_its_reason() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from test_cuda_emulated import CASES as SMALL
+from test_cuda_emulated import CASES, FP32_CASES
 
 from bench.forced import CASES as FORCED
 from bench.gpu import MANY_ITEMS
@@ -18,6 +18,7 @@ from lora_kernels.testing import (
     bf16,
     check_backend,
     fp16,
+    fp32,
     make_inputs,
     run_backend,
 )
@@ -30,6 +31,9 @@ LARGE = (
     Case(2049, 4104, 520, 136, fp16),
     Case(20000, 264, 136, 8, bf16, dropout_p=0.1),
     Case(1000, 1032, 2056, 256, bf16, bias=True, dropout_p=0.5),
+    Case(2049, 1032, 2056, 132, bf16, fp32, bias=True, dropout_p=0.1),
+    # da items before the last waves of dx tiles.
+    Case(8192, 256, 4096, 64, bf16),
 )
 BUSY = Case(4000, 2056, 1032, 72, bf16, bias=True, dropout_p=0.2)
 
@@ -50,7 +54,7 @@ def same(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("case", [*SMALL, *FORCED, *LARGE, MANY_ITEMS, BUSY], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *FP32_CASES, *FORCED, *LARGE, MANY_ITEMS, BUSY], ids=str)
 def test_numbers(case: Case) -> None:
     if reason := cuda.why_not(case.problem("cuda", 90)):
         pytest.skip(reason)

@@ -79,7 +79,7 @@ LORA_DEVICE void q_item(const BackwardParameters& f, Pipeline& pipeline, Store& 
   multiply(acc, f.scale.factor);
   store.run<Adapter, false>(acc, &f.q, item.row * kTileM + consumer() * kPanel,
                             item.column * kRankTile);
-  Store::publish(f.workspace, item.row);
+  Store::publish<true>(f.workspace, item.row);
 }
 
 // db[128, 64] = 2^e * dy^T * P, summed over M in order.

@@ -65,7 +65,7 @@ LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipe
   }
   multiply(acc, f.scale.factor);
   store.run<Adapter, false>(acc, &f.p, row, rank * kRankTile);
-  Store::publish(f.workspace, row_block);
+  Store::publish<false>(f.workspace, row_block);
 }
 
 // N is a multiple of 8, so the elements of a pair are in or out together.

@@ -87,13 +87,15 @@ struct Store {
     }
   }
 
-  // Announces to other CTAs what this warpgroup has stored so far.
+  // Announces to other CTAs what this warpgroup has stored so far: to those who wait for this block
+  // of rows and, where there are any, to those who wait for all of them.
+  template <bool kAll>
   LORA_DEVICE static void publish(uint32_t* workspace, int row_block) {
     if (leads()) {
       ptx::tma_store_wait_written();
       ptx::fence_acq_rel_gpu();
       ptx::add_relaxed(workspace + kReady + row_block, 1);
-      ptx::add_relaxed(workspace + kAllReady, 1);
+      if constexpr (kAll) ptx::add_relaxed(workspace + kAllReady, 1);
     }
   }
 

@@ -10,6 +10,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -469,3 +470,10 @@ def test_what_the_extension_launches(arena: Arena) -> None:
     assert tall.cluster == (2, 1, 1)
     gpu.stream = 4711
     assert launched(arena, call, cuda).stream == 4711
+
+
+@extension
+def test_a_fresh_thread_has_a_context_before_it_encodes() -> None:
+    """A driver encodes tensor maps in the current context; autograd's threads begin without one."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(cuda.BACKEND.forward, forward_call()).result()

@@ -111,12 +111,10 @@ def test_the_per_thread_default_stream_is_another_one_in_each_thread(
     monkeypatch.setattr(workspace, "_zeroed", lambda n, _: torch.zeros(n, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for handle, slices in ((2, 3), (0, 1), (1, 1), (0x5000, 1)):  # 0, 1: the legacy default stream
-        stream = SimpleNamespace(cuda_stream=handle)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, stream=stream: stream)
         starts: list[int] = []
 
-        def twice(starts: list[int] = starts) -> None:
-            starts += [workspace.reserve(5, device).data_ptr() for _ in range(2)]
+        def twice(starts: list[int] = starts, handle: int = handle) -> None:
+            starts += [workspace.reserve(5, device, handle).data_ptr() for _ in range(2)]
 
         twice()
         for _ in range(2):  # one after another, so that a thread's number is free to be used again

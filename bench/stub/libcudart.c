@@ -1,4 +1,5 @@
 // A CUDA runtime on the stub driver: the functions that the CUDA extension calls, and no more.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 
@@ -13,6 +14,7 @@ enum { kKernels = 64 };
 static struct {
   const void* host;
   const char* name;
+  int loaded;
 } kernels[kKernels];
 static int kernel_count;
 
@@ -57,25 +59,65 @@ cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, in
   return cudaSuccess;
 }
 
+// As a real runtime, it makes the device's context current for this thread.
+static _Thread_local int bound;
+cudaError_t cudaSetDevice(int device) {
+  bound = 1;
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* mode) {
+  static _Thread_local enum cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  const enum cudaStreamCaptureMode previous = current;
+  current = *mode;
+  *mode = previous;
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* function, enum cudaFuncAttribute attribute,
                                  int value) {
+  for (int i = 0; i < kernel_count; ++i) kernels[i].loaded |= kernels[i].host == function;
   return cudaSuccess;
+}
+
+extern CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                       const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                       const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                       const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                       const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                       CUtensorMapFloatOOBfill fill) {
+  if (!bound) return CUDA_ERROR_INVALID_CONTEXT;
+  return cuTensorMapEncodeTiled(map, type, rank, address, sizes, strides, box, steps, interleave,
+                                swizzle, promotion, fill);
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long flags,
                                              enum cudaDriverEntryPointQueryResult* found) {
-  extern int cuTensorMapEncodeTiled();
   if (strcmp(symbol, "cuTensorMapEncodeTiled") != 0) return cudaErrorNotSupported;
-  *function = cuTensorMapEncodeTiled;
+  *function = encode;
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 
+const char* cudaGetErrorName(cudaError_t error) { return "cudaErrorStub"; }
 const char* cudaGetErrorString(cudaError_t error) { return "refused by the stub runtime"; }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** parameters) {
+  // All kernels load at the first launch, lest one should do so inside a capture.
+  for (int i = 0; i < kernel_count; ++i) {
+    if (!kernels[i].loaded) return cudaErrorNotReady;
+  }
   Launch* launch = stub_new_launch();
   launch->function = (uint64_t)function;
   for (int i = 0; i < kernel_count; ++i) {

@@ -15,7 +15,7 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.part
 OP = "lora_kernels.ops.lora_linear"
 QUALIFY = "lora_kernels.qualify"
 BACKENDS = {f"{OP}.reference", f"{OP}.triton", f"{OP}.cuda"}
-UNITS = {*BACKENDS, "lora_kernels.audit"}  # a folder counts as one module
+UNITS = {*BACKENDS, "lora_kernels.audit", "lora_kernels.peft"}  # a folder counts as one module
 
 # Each layer may import the ones below it; data flows one way.
 LAYERS = (

@@ -1,0 +1,69 @@
+"""`fuse`, `unfuse` and `why_not`, and the list of the kinds of layer that can be fused."""
+
+import importlib
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lora_kernels.peft.layer import Fused, find
+from lora_kernels.peft.parts import kind
+from lora_kernels.peft.report import Report
+
+# PEFT's class, and the fused one: imported when such a layer is met, for its library may be heavy.
+KINDS = {
+    "peft.tuners.lora.layer.Linear": "lora_kernels.peft.linear.FusedLinear",
+}
+
+
+def fuse(model: nn.Module) -> Report:
+    """Make every eligible PEFT LoRA layer of `model` run `lora_linear`, in place; say which are.
+
+    Eligible are the layers for which `why_not` returns None now. A fused layer asks again at every
+    call, so merging, disabling, adding or switching adapters later needs no further step; a layer
+    that becomes eligible only later needs another `fuse`, which is harmless to the others. Fuse
+    before sharding: the weights of a sharded model are plain tensors only while it runs.
+    """
+    fused, not_fused = [], {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        reason = why_not(layer)
+        if reason is None:
+            layer.__class__ = fused_class(layer)
+            fused.append(name)
+        else:
+            not_fused[name] = reason
+    return Report(fused, not_fused)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`: every layer of `model` is PEFT's own again."""
+    for layer in model.modules():
+        plain = type(layer).__dict__.get("plain")
+        if isinstance(layer, Fused) and plain:
+            layer.__class__ = plain
+
+
+def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:
+    """Return why `layer(x, *args, **kwargs)` cannot run fused as things are, or None if it can.
+
+    Without x the answer is for an x of the base weight's dtype. Autocast counts.
+    """
+    own = fused_class(layer)
+    if own is None:
+        return f"the layer is a {kind(layer)}, not a PEFT lora.Linear"
+    found = find(layer, own, x, args, kwargs)
+    return found if isinstance(found, str) else None
+
+
+def fused_class(layer: Any) -> Any:
+    """Return the class that `fuse` gives a layer of this very type, or has given it, or None."""
+    own = type(layer)
+    if "plain" in own.__dict__ and issubclass(own, Fused):
+        return own
+    path = KINDS.get(kind(layer))
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

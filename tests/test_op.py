@@ -283,6 +283,38 @@ def test_x_and_p_are_saved_only_for_their_gradients() -> None:
     assert (20, 4) in shapes
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_a_transient_weight_is_rebuilt_instead_of_saved(dropout_p: float, autocast: bool) -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4, bias=True)))
+    rebuilt: list[int] = []
+    rebuild = lambda: rebuilt.append(1) or inputs.weight.clone()
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        shapes = {tuple(t.shape) for t in _saved(inputs, dropout_p=dropout_p, rebuild=rebuild)}
+        assert (30, 40) not in shapes
+        leaves = [inputs.x, inputs.lora_a, inputs.lora_b]
+        kept, transient = (
+            _call(inputs, dropout_p=dropout_p, seed=1, rebuild=way) for way in (None, rebuild)
+        )
+    assert torch.equal(kept, transient)
+    assert not rebuilt
+    gradients = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (kept, transient)]
+    assert len(rebuilt) == 1
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_transient_weight_is_not_saved_for_one_token_either() -> None:
+    inputs = _with_grad(make_inputs(Case(1, 30, 40, 4)))
+    shapes = [set(t.shape) for t in _saved(inputs, rebuild=inputs.weight.clone)]
+    assert {30, 40} not in shapes
+
+
+def test_a_transient_weight_is_rebuilt_only_for_dx() -> None:
+    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), x=False)
+    _call(inputs, rebuild=lambda: pytest.fail("not needed")).sum().backward()
+    assert inputs.lora_a.grad is not None
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_saved_without_grad(mode: Any) -> None:
     inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))

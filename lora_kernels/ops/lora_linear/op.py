@@ -1,6 +1,7 @@
 """The public function, its autograd.Function, the operator schemas and the choice of backend."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str = AUTO,
+    rebuild: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer and its LoRA adapter in one operator.
 
@@ -47,6 +49,8 @@ def lora_linear(
             on x's device or the CPU, or None to draw one from torch's generator. The same seed
             and p give the same mask on every backend and device.
         backend: "auto", "cuda", "triton" or "reference"; only "auto" ever falls back.
+        rebuild: for a weight that is a transient, dequantised for this call, say: the backward
+            calls it for the same bits again, and nothing of size N·K lives in between.
 
     Returns:
         y: (..., N), in x's dtype. Under autocast every operand is first converted to the autocast
@@ -66,7 +70,7 @@ def lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
                 x, weight, lora_a, lora_b, scaling, bias,
-                dropout_p=dropout_p, seed=seed, backend=backend,
+                dropout_p=dropout_p, seed=seed, backend=backend, rebuild=rebuild,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
     scaling, dropout_p = float(scaling), float(dropout_p)
@@ -80,11 +84,11 @@ def lora_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
-        if x.numel() == x.shape[-1] > 0:
+        if x.numel() == x.shape[-1] > 0 and rebuild is None:  # those nodes would keep the weight
             call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
             if _autograd_is_cheaper(call, backend):
                 return reference.compose(call)
-        rest = scaling, dropout_p, backend
+        rest = scaling, dropout_p, backend, rebuild
         return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, rest)
     call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
     return _forward(call, backend)[0]
@@ -94,9 +98,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
-        bias: Tensor | None, seed: Tensor | None, rest: tuple[float, float, str],
+        bias: Tensor | None, seed: Tensor | None, rest: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        scaling, dropout_p, backend = rest
+        scaling, dropout_p, backend, rebuild = rest
         call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p)
         y, p, problem = _forward(call, backend)
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
@@ -104,19 +108,21 @@ class _LoRALinear(torch.autograd.Function):
         # may be an inference tensor, or be written to before the backward pass.
         ctx.save_for_backward(
             x if need_da else None,
-            weight if need_dx else None,
+            weight if need_dx and rebuild is None else None,
             lora_a if need_dx else None,
             lora_b if need_dx or need_da else None,
             p if need_db else None,
             seed if need_dx or need_da else None,
         )
-        ctx.rest = x.shape, scaling, dropout_p, backend, problem
+        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild if need_dx else None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
-        shape, scaling, dropout_p, backend, problem = ctx.rest
+        shape, scaling, dropout_p, backend, problem, rebuild = ctx.rest
+        if rebuild is not None:
+            weight = rebuild().to(dy.dtype)  # autocast may have converted it
         if len(shape) != 2:
             dy, x = _flatten(dy), None if x is None else _flatten(x)
         call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p)

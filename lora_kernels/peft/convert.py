@@ -28,7 +28,7 @@ def from_peft(layer: Linear, adapter: str = "default") -> LoRALinear:
     found = merged or find_for(layer, FusedLinear, adapter, None)
     if isinstance(found, str):
         raise ValueError(f"from_peft: cannot convert adapter {adapter!r}: {found}")
-    frozen, factors = found
+    frozen, factors, _ = found
     base: Any = layer.base_layer
     with torch.device("meta"):  # every parameter is replaced: neither memory nor random numbers
         converted = LoRALinear(

@@ -13,6 +13,8 @@ from lora_kernels.peft.report import Report
 # PEFT's class, and the fused one: imported when such a layer is met, for its library may be heavy.
 KINDS = {
     "peft.tuners.lora.layer.Linear": "lora_kernels.peft.linear.FusedLinear",
+    "peft.tuners.lora.bnb.Linear4bit": "lora_kernels.peft.quantised.FusedLinear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt": "lora_kernels.peft.quantised.FusedLinear8bitLt",
 }
 
 

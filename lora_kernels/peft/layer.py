@@ -1,7 +1,8 @@
 """A fused layer: what a call finds in it, and the call of `lora_linear` that this becomes."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
-from lora_kernels.peft.parts import Adapter, Frozen, adapter_of, computed_in, kind, short
+from lora_kernels.peft.parts import Adapter, Frozen, adapter_of, kind, short
 
 _TENSOR = (nn.Parameter, Tensor, type(None))
 
@@ -26,8 +27,11 @@ class Fused:
     plain: ClassVar[type[nn.Module]]
 
     @staticmethod
-    def frozen(base: Any) -> Frozen | str:
-        """Return what the base layer hands over, or why it cannot."""
+    def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
+        """Return what the base layer of `layer` hands over, or why it cannot.
+
+        Without x, for an x of the dtype that the base layer computes in.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,21 +42,26 @@ class Fused:
         found = find(self, own, x, args, kwargs)
         if isinstance(found, str):
             return own.plain.forward(self, x, *args, **kwargs)
-        frozen, adapter = found
-        return lora_linear(
-            x,
-            frozen.weight,
-            adapter.lora_a,
-            adapter.lora_b,
-            adapter.scaling,
-            frozen.bias,
-            dropout_p=adapter.dropout_p,
-        )
+        frozen, adapter, dtype = found
+        lora_a, lora_b, scaling, dropout_p = adapter
+        if frozen.dense is None:
+            return lora_linear(
+                x, frozen.weight, lora_a, lora_b, scaling, frozen.bias, dropout_p=dropout_p
+            )
+        return _dequantised(x, frozen, adapter, dtype)
+
+
+class Found(NamedTuple):
+    """What a call has to compute, and in which dtype its frozen product is computed."""
+
+    frozen: Frozen
+    adapter: Adapter
+    dtype: torch.dtype
 
 
 def find(
     layer: Any, own: type[Fused], x: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Frozen, Adapter] | str:
+) -> Found | str:
     """Return what a call of `layer` as an `own` hands to `lora_linear`, or why PEFT has to run it.
 
     Without x the answer is for an x of the base weight's dtype.
@@ -72,17 +81,18 @@ def find(
     return find_for(layer, own, active[0], x)
 
 
-def find_for(
-    layer: Any, own: type[Fused], name: str, x: Tensor | None
-) -> tuple[Frozen, Adapter] | str:
+def find_for(layer: Any, own: type[Fused], name: str, x: Tensor | None) -> Found | str:
     """Do as `find` for the adapter of that name, active or not."""
     adapter = adapter_of(layer, name)
     if isinstance(adapter, str):
         return adapter
-    frozen = own.frozen(layer._modules["base_layer"])
+    frozen = own.frozen(layer, layer._modules["base_layer"], x)
     if isinstance(frozen, str):
         return frozen
-    return _surroundings() or _tensors(layer, frozen, adapter, x) or (frozen, adapter)
+    dtype = _computed_in(frozen.dtype, _autocast(frozen.weight.device.type))
+    reason = _surroundings() or _tensors(frozen, adapter, x)
+    reason = reason or _dtypes(layer, frozen, adapter, x, dtype)
+    return reason or Found(frozen, adapter, dtype)
 
 
 def _surroundings() -> str | None:
@@ -95,40 +105,75 @@ def _surroundings() -> str | None:
     return None
 
 
-def _tensors(layer: Any, frozen: Frozen, adapter: Adapter, x: Tensor | None) -> str | None:
-    weight, bias = frozen
-    lora_a, lora_b, *_ = adapter
-    x = weight if x is None else x
+def _tensors(frozen: Frozen, adapter: Adapter, x: Tensor | None) -> str | None:
+    weight, bias, _, dense, _ = frozen
     for part, tensor in (
-        ("base weight", weight),
+        ("base weight", None if dense else weight),
         ("base bias", bias),
-        ("lora_A", lora_a),
-        ("lora_B", lora_b),
+        ("lora_A", adapter.lora_a),
+        ("lora_B", adapter.lora_b),
         ("x", x),
     ):
         if type(tensor) not in _TENSOR:
             return f"{part} is a {kind(tensor)}, not a plain tensor"
-    if x.is_nested:
+    if x is not None and x.is_nested:
         return "x is a nested tensor"
     if weight.requires_grad:
         return "base weight is trainable"
     if bias is not None and bias.requires_grad:
         return "base bias is trainable"
+    return None
 
-    autocast = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(weight.device.type):
-        autocast = torch.get_autocast_dtype(weight.device.type)
-    dtype = computed_in(weight.dtype, autocast)
+
+def _dtypes(
+    layer: Any, frozen: Frozen, adapter: Adapter, x: Tensor | None, dtype: torch.dtype
+) -> str | None:
+    """Return why the operands' dtypes do not fit the `dtype` to compute in."""
     if dtype not in DTYPES:
         return f"base weight is {short(dtype)}"
-    for part, tensor in (("x", x), ("base bias", bias)):
-        if tensor is not None and computed_in(tensor.dtype, autocast) != dtype:
-            return f"{part} is {short(tensor.dtype)} beside a {short(weight.dtype)} base weight"
+    lora_a, lora_b, *_ = adapter
+    autocast = _autocast(frozen.weight.device.type)
+    if frozen.dense is None:
+        for part, tensor in (("x", x), ("base bias", frozen.bias)):
+            if tensor is not None and _computed_in(tensor.dtype, autocast) != dtype:
+                return f"{part} is {short(tensor.dtype)} beside a {short(frozen.dtype)} base weight"
+    elif x is not None and x.dtype != dtype and x.dtype.itemsize >= dtype.itemsize:
+        # One rounding of x cannot serve both: PEFT's low-rank path reads x as it is.
+        if autocast is None or x.dtype != torch.float32:
+            return f"x is {short(x.dtype)} where the base computes in {short(dtype)}"
     if lora_b.dtype != lora_a.dtype:
         return f"lora_A is {short(lora_a.dtype)}, lora_B {short(lora_b.dtype)}"
     if lora_a.dtype != dtype:
-        if lora_a.dtype not in adapter_dtypes(dtype):
+        widens = frozen.dense is not None and lora_a.dtype.itemsize < dtype.itemsize
+        if lora_a.dtype not in adapter_dtypes(dtype) and not widens:
             return f"the adapter is {short(lora_a.dtype)} where x is {short(dtype)}"
         if not layer.cast_input_dtype_enabled:
             return "casting x to the adapter's dtype is disabled"
     return None
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that autocast turns `dtype` into for a linear layer."""
+    if autocast is None or dtype == torch.float64 or not dtype.is_floating_point:
+        return dtype
+    return autocast
+
+
+def _dequantised(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """Run `lora_linear` on a W made for this call, made again for the backward."""
+    assert frozen.dense is not None
+    make = functools.partial(frozen.dense, dtype)
+    lora_a, lora_b, scaling, dropout_p = adapter
+    if lora_a.dtype.itemsize < dtype.itemsize:
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    bias = None if frozen.bias is None else frozen.bias.to(dtype)
+    y = lora_linear(
+        x.to(dtype), make(), lora_a, lora_b, scaling, bias, dropout_p=dropout_p, rebuild=make
+    )
+    return y.to(x.dtype) if frozen.y_like_x else y

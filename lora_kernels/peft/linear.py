@@ -3,6 +3,7 @@
 from typing import Any
 
 from peft.tuners.lora.layer import Linear
+from torch import Tensor
 
 from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import Frozen, not_plain, parameter
@@ -14,7 +15,10 @@ class FusedLinear(Fused, Linear):
     plain = Linear
 
     @staticmethod
-    def frozen(base: Any) -> Frozen | str:
+    def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
         """Return the weight and bias of a plain `nn.Linear`, or why not."""
         reason = not_plain("base layer", base)
-        return reason or Frozen(parameter(base, "weight"), parameter(base, "bias"))
+        if reason:
+            return reason
+        weight = parameter(base, "weight")
+        return Frozen(weight, parameter(base, "bias"), weight.dtype)

@@ -1,6 +1,6 @@
 """The contract of a kind: what a frozen layer and an adapter hand over, and checks they share."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,16 @@ _DROPOUT = (nn.Identity, nn.Dropout)
 
 
 class Frozen(NamedTuple):
-    """What a kind of frozen layer hands over: W[N,K] and bias[N]."""
+    """What a kind of frozen layer hands over: W[N,K] as it is, or how to make it, and bias[N]."""
 
     weight: Tensor
     bias: Tensor | None
+    # What the layer computes in outside autocast.
+    dtype: torch.dtype
+    # For a quantised W: makes it in a given dtype. Such a layer takes x of a narrower dtype, too.
+    dense: Callable[[torch.dtype], Tensor] | None = None
+    # Whether y has x's dtype rather than the one computed in.
+    y_like_x: bool = False
 
 
 class Adapter(NamedTuple):
@@ -81,13 +87,6 @@ def parameter(module: Any, name: str) -> Any:
     parameters = module._parameters
     # FSDP and DataParallel keep the tensor in a plain attribute while the module runs.
     return parameters[name] if name in parameters else getattr(module, name)
-
-
-def computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that autocast turns `dtype` into for a linear layer."""
-    if autocast is None or dtype == torch.float64 or not dtype.is_floating_point:
-        return dtype
-    return autocast
 
 
 def kind(thing: object) -> str:

@@ -1,0 +1,355 @@
+"""Fused layers over weights that bitsandbytes really quantised, against unfused PEFT."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+import bitsandbytes as bnb
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit
+from peft_models import (
+    Block,
+    H,
+    K,
+    assert_same_as_peft,
+    bf16,
+    calls_of_lora_linear,
+    fp16,
+    fp32,
+    fp64,
+    randomise,
+    run,
+)
+from peft_models import one_thread as one_thread
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels.peft import fuse, unfuse, why_not
+from lora_kernels.peft.kinds import fused_class
+from lora_kernels.testing import assert_accurate
+
+FORMATS = {
+    "nf4": {"quant_type": "nf4", "compress_statistics": False},
+    "nf4 nested": {"quant_type": "nf4", "compress_statistics": True},
+    "fp4": {"quant_type": "fp4", "compress_statistics": False},
+    "fp4 nested": {"quant_type": "fp4", "compress_statistics": True},
+    "int8": {},
+}
+
+
+def quantise(linear: nn.Linear, name: str, compute: torch.dtype | None) -> nn.Module:
+    sizes = linear.in_features, linear.out_features, linear.bias is not None
+    if name == "int8":
+        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(*sizes, compute_dtype=compute, **FORMATS[name])
+    layer.load_state_dict(linear.state_dict())
+    return layer.to("cpu")  # where it is quantised
+
+
+def quantised_block(name: str, compute: torch.dtype | None = fp32) -> nn.Module:
+    torch.manual_seed(0)
+    block: Any = Block()
+    block.up, block.down = (quantise(m, name, compute) for m in (block.up, block.down))
+    setattr(block, "is_loaded_in_8bit" if name == "int8" else "is_loaded_in_4bit", True)
+    return block
+
+
+def model(
+    name: str,
+    compute: torch.dtype | None = fp32,
+    adapters: torch.dtype = fp32,
+    other: torch.dtype = fp32,
+    **options: Any,
+) -> PeftModel:
+    """`other` is the dtype of what is not quantised, and so of x."""
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"]} | options
+    peft = randomise(get_peft_model(quantised_block(name, compute), LoraConfig(**options)))
+    for path, parameter in peft.named_parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(adapters if "lora_" in path else other)
+    return peft.train()
+
+
+def densified(peft: PeftModel, compute: torch.dtype, dtype: torch.dtype) -> PeftModel:
+    """The same model in `dtype` over `nn.Linear`s with the weights that `peft` multiplies by."""
+    block = Block()
+    twin = get_peft_model(block, copy.deepcopy(peft.peft_config["default"]))
+    state = dict(peft.named_parameters())
+    for path, parameter in twin.named_parameters():
+        if path.endswith("base_layer.weight"):
+            layer = peft.get_submodule(path.removesuffix(".base_layer.weight"))
+            frozen = fused_class(layer).frozen(layer, layer.base_layer, None)
+            parameter.data = frozen.dense(compute)
+        else:
+            parameter.data = state[path].data.clone()
+    return twin.to(dtype)
+
+
+def x_for(dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(*(shape or (3, 5, K)), generator=generator, dtype=fp64).to(dtype)
+
+
+# base computes in, adapters, x and the rest
+DTYPES = [
+    (fp32, fp32, fp32),
+    (bf16, bf16, bf16),
+    (bf16, fp32, bf16),
+    (fp32, fp32, bf16),  # the compute dtype that nobody set
+    (fp32, bf16, bf16),
+    (fp16, fp32, fp16),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_forward_and_gradients(
+    name: str, dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, adapters, other = dtypes
+    if name == "int8":  # it computes in x's dtype
+        compute = other
+    fused, plain = (model(name, compute, adapters, other) for _ in range(2))
+    reference = densified(plain, compute, fp64)
+    assert len(fuse(fused).fused) == 2
+    assert_right(fused, plain, reference, x_for(other), monkeypatch)
+
+
+def assert_right(
+    fused: nn.Module,
+    plain: nn.Module,
+    reference: nn.Module,
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Over several draws eager's error is what the tolerance takes it for (tests/test_op.py).
+    draws = [x, x.flip(-1), x.roll(5, -1)]
+    with calls_of_lora_linear(monkeypatch) as calls:
+        got = runs(fused, draws)
+    assert len(calls) == 2 * len(draws)
+    eager, exact = runs(plain, draws), runs(reference, [x.to(fp64) for x in draws])
+    assert got.keys() == eager.keys() == exact.keys()
+    for key, expected in exact.items():
+        assert got[key].dtype == eager[key].dtype, key
+        assert_accurate(key, got[key], expected, eager[key])
+
+
+def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
+    results = [run(model, x) for x in draws]
+    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
+
+
+@pytest.mark.parametrize("shape", [(7, K), (K,), (0, K), (2, 3, 4, K)], ids=str)
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_shapes(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = model(name), model(name)
+    fuse(fused)
+    reference = densified(plain, fp32, fp64)
+    if shape == (0, K) and name != "int8":  # where bitsandbytes' own backward fails
+        plain = densified(plain, fp32, fp32)
+    assert_right(fused, plain, reference, x_for(fp32, *shape), monkeypatch)
+
+
+@pytest.mark.parametrize("compute", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("other", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("adapters", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_autocast(
+    name: str,
+    compute: torch.dtype,
+    adapters: torch.dtype,
+    other: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `Trainer(bf16=True)` runs after `prepare_model_for_kbit_training` and without it."""
+    fused, plain = (model(name, compute, adapters, other) for _ in range(2))
+    reference = densified(plain, bf16, fp64)
+    x = x_for(other)
+    exact = run(reference, x.to(fp64))
+    with torch.autocast("cpu", bf16):
+        assert len(fuse(fused).fused) == 2
+        with calls_of_lora_linear(monkeypatch) as calls:
+            got = run(fused, x)
+        eager = run(plain, x)
+    assert len(calls) == 2
+    for key, expected in exact.items():
+        assert got[key].dtype == eager[key].dtype, key
+        # Both round to bfloat16 inside, whatever the dtype of the result.
+        assert_accurate(key, got[key], expected, eager[key].to(bf16))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_bits_are_those_of_the_dense_layer(name: str, dropout: float) -> None:
+    """So dropout, too, is what the dense kind's own tests say it is."""
+    fused = model(name, lora_dropout=dropout)
+    dense = densified(fused, fp32, fp32).train()
+    assert len(fuse(fused).fused) == len(fuse(dense).fused) == 2
+    results = []
+    for peft in (fused, dense):
+        torch.manual_seed(4)
+        results.append(run(peft, x_for(fp32)))
+    for key in results[1]:
+        assert torch.equal(results[0][key], results[1][key]), key
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int8"])
+def test_nothing_dense_lives_between_forward_and_backward(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = model(name, dtype, dtype, dtype).base_model.model.up
+    fuse(layer)
+    made, saved = [], {}
+
+    def remember(frozen: Any) -> Any:
+        def dense(dtype: torch.dtype) -> Tensor:
+            made.append(weakref.ref(weight := frozen.dense(dtype)))
+            return weight
+
+        return frozen._replace(dense=dense)
+
+    own = type(layer)
+    original = own.frozen
+    monkeypatch.setattr(own, "frozen", lambda *inputs: remember(original(*inputs)))
+    pack = lambda t: saved.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t
+    m = 6
+    x = x_for(dtype, m, K).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    assert [ref() for ref in made] == [None]
+    assert sum(saved.values()) == (m * K + 4 * K + H * 4 + m * 4) * dtype.itemsize  # x, A, B, P
+    y.sum().backward()
+    assert [ref() for ref in made] == [None, None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_checkpointing(name: str, reentrant: bool) -> None:
+    peft = model(name, lora_dropout=0.4)
+    fuse(peft)
+    results = []
+    for call in (peft, lambda x: checkpoint(peft, x, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        peft.zero_grad()
+        x = x_for(fp32).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in peft.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.filterwarnings("ignore:.*Merge lora module|.*Unmerge lora module")
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_merge_unmerge_save_and_load(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = model(name), model(name)
+    fuse(fused)
+    x = x_for(fp32)
+    for peft in (fused, plain):
+        peft.merge_adapter()
+    assert_same_as_peft(fused, plain, x)
+    for peft in (fused, plain):
+        peft.unmerge_adapter()
+        peft.train()
+        run(peft, x)  # int8: the first call moves the new weight to where `densified` finds it
+    assert_right(fused, plain, densified(plain, fp32, fp64), x, monkeypatch)
+
+    fused.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised_block(name), tmp_path, is_trainable=True).train()
+    again = PeftModel.from_pretrained(quantised_block(name), tmp_path, is_trainable=True).train()
+    assert len(fuse(again).fused) == 2
+    assert_right(again, loaded, densified(loaded, fp32, fp64), x, monkeypatch)
+
+
+def test_unfuse() -> None:
+    for name in ("nf4", "int8"):
+        peft, untouched = model(name), model(name)
+        fuse(peft)
+        unfuse(peft)
+        assert [type(m) for m in peft.modules()] == [type(m) for m in untouched.modules()]
+        assert_same_as_peft(peft, untouched, x_for(fp32))
+
+
+def repacked(layer: Any) -> None:
+    layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+
+
+LEFT: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "state lost": (
+        "nf4",
+        lambda layer: setattr(layer.base_layer.weight, "quant_state", None),
+        "without its quantisation state",
+    ),
+    "repacked": ("nf4", repacked, "repacked for inference"),
+    "hook": ("nf4", lambda layer: layer.base_layer.register_forward_hook(print), "has hooks"),
+    "int8 eval": ("int8", lambda layer: layer.eval(), "quantises x, too"),
+    "int8 hook": ("int8", lambda layer: layer.base_layer.register_forward_hook(print), "has hooks"),
+    "int8 of fp16": (
+        "int8",
+        lambda layer: setattr(layer.base_layer.state, "has_fp16_weights", True),
+        "quantised anew",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), LEFT.values(), ids=LEFT.keys())
+def test_leaves_to_peft(name: str, change: Callable[[Any], Any], reason: str) -> None:
+    layer = model(name).base_model.model.up
+    change(layer)
+    assert reason in str(why_not(layer))
+
+
+def test_x_wider_than_the_compute_dtype_is_left_to_peft() -> None:
+    """After `prepare_model_for_kbit_training`, without autocast: A's gradient reads x in full."""
+    fused, plain = model("nf4", bf16), model("nf4", bf16)
+    fuse(fused)
+    x = x_for(fp32)
+    reason = "x is float32 where the base computes in bfloat16"
+    assert why_not(fused.base_model.model.up, x) == reason
+    assert_same_as_peft(fused, plain, x)
+
+
+def test_inference_is_left_to_bitsandbytes() -> None:
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        base = quantise(nn.Linear(64, 64), "nf4", bf16)
+        layers.append(randomise(Linear4bit(base, "default", LoraConfig(), r=3)).to(bf16).eval())
+    fused, plain = layers
+    fuse(fused)
+    x = x_for(bf16, 3, 64)
+    with torch.no_grad():
+        assert "in inference" in str(why_not(fused))
+        assert torch.equal(fused(x), plain(x))
+
+
+def test_reentrant_checkpointing_runs_one_and_the_same_code_twice() -> None:
+    """Its first forward has gradients off: another dropout mask there would be a wrong gradient."""
+    layer = model("nf4", lora_dropout=0.5).base_model.model.up
+    with torch.no_grad():
+        assert why_not(layer) is None
+
+
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    peft = model(name)
+    fuse(peft)
+    x = x_for(fp32)
+    expected = run(peft, x)
+    torch._dynamo.reset()
+    got = run(torch.compile(peft.base_model.model, backend="aot_eager", fullgraph=True), x)
+    assert len(got) == len(expected)
+    for name in got:
+        same = expected[name.replace("_orig_mod", "base_model.model")]
+        torch.testing.assert_close(got[name], same)

@@ -123,16 +123,6 @@ def test_merge_and_unload() -> None:
     assert torch.equal(got(x_for(plain)), expected(x_for(plain)))
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trainable_biases(bias: str) -> None:
-    plain = peft_model(bias=bias)
-    fused = copy.deepcopy(plain)
-    report = fuse(fused)
-    assert report.fused == ["base_model.model.down"]  # it has no bias
-    assert report.not_fused == {"base_model.model.up": "base bias is trainable"}
-    assert_close_to_peft(fused, plain, x_for(plain))
-
-
 # --- What fusing leaves as it was ----------------------------------------------------------------
 
 

@@ -353,3 +353,13 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     for name in got:
         same = expected[name.replace("_orig_mod", "base_model.model")]
         torch.testing.assert_close(got[name], same)
+
+
+@pytest.mark.parametrize("name", ["nf4 nested", "int8"])
+def test_kinds_of_adapter_combine_with_kinds_of_base(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = (model(name, bf16, fp32, bf16, lora_bias=True) for _ in range(2))
+    assert len(fuse(fused).fused) == 2
+    reference = densified(plain, bf16, fp64)
+    assert_right(fused, plain, reference, x_for(bf16), monkeypatch)

@@ -8,7 +8,8 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from lora_kernels.layers import LoRALinear
-from lora_kernels.peft.layer import find_for
+from lora_kernels.peft.adapters import adapter_of
+from lora_kernels.peft.layer import Found, find_for
 from lora_kernels.peft.linear import FusedLinear
 from lora_kernels.peft.parts import kind
 
@@ -25,7 +26,9 @@ def from_peft(layer: Linear, adapter: str = "default") -> LoRALinear:
     if type(layer) not in (Linear, FusedLinear):
         raise TypeError(f"from_peft takes a PEFT lora.Linear, got {kind(layer)}")
     merged = "adapters are merged" if layer.merged else None
-    found = merged or find_for(layer, FusedLinear, adapter, None)
+    found = merged or find_for(layer, FusedLinear, adapter_of(layer, adapter), None)
+    if not isinstance(found, str):
+        found = _more_than_a_lora_linear(layer, found) or found
     if isinstance(found, str):
         raise ValueError(f"from_peft: cannot convert adapter {adapter!r}: {found}")
     frozen, factors, _ = found
@@ -70,3 +73,14 @@ def to_peft(layer: LoRALinear, adapter: str = "default") -> Linear:
     converted.lora_B[adapter].weight = layer.lora_B
     converted.scaling[adapter] = layer.scaling
     return converted.train(layer.training)
+
+
+def _more_than_a_lora_linear(layer: Linear, found: Found) -> str | None:
+    """Return what a fused PEFT layer has and a `LoRALinear` has not, or None."""
+    if type(layer.base_layer).forward is not nn.Linear.forward:
+        return f"base layer is a {kind(layer.base_layer)}, not a plain nn.Linear"
+    if found.adapter.derive is not None:
+        return "its factors are derived, or it has a bias (lora_bias)"
+    if found.frozen.bias is not None and found.frozen.bias.requires_grad:
+        return "base bias is trainable"
+    return None

@@ -10,7 +10,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
-from lora_kernels.peft.parts import Adapter, Frozen, adapter_of, kind, short
+from lora_kernels.peft.adapters import adapter_of, joined
+from lora_kernels.peft.parts import Adapter, Frozen, kind, short
 
 _TENSOR = (nn.Parameter, Tensor, type(None))
 
@@ -43,12 +44,15 @@ class Fused:
         if isinstance(found, str):
             return own.plain.forward(self, x, *args, **kwargs)
         frozen, adapter, dtype = found
-        lora_a, lora_b, scaling, dropout_p = adapter
-        if frozen.dense is None:
-            return lora_linear(
-                x, frozen.weight, lora_a, lora_b, scaling, frozen.bias, dropout_p=dropout_p
-            )
-        return _dequantised(x, frozen, adapter, dtype)
+        bias = frozen.bias
+        if (
+            adapter.derive is None
+            and frozen.dense is None
+            and (bias is None or not bias.requires_grad)
+        ):
+            weight, (lora_a, lora_b, scaling, dropout_p, _) = frozen.weight, adapter
+            return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
+        return _apply(x, frozen, adapter, dtype)
 
 
 class Found(NamedTuple):
@@ -76,21 +80,28 @@ def find(
         return "adapters are merged"
     present = layer._modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
-    if len(active) != 1:
-        return f"{len(active)} active adapters in this layer" if active else "no active adapter"
-    return find_for(layer, own, active[0], x)
+    if not active:
+        return "no active adapter"
+    if len(active) == 1:
+        return find_for(layer, own, adapter_of(layer, active[0]), x)
+    adapters = []
+    for name in active:
+        adapter = adapter_of(layer, name)
+        if isinstance(adapter, str):
+            return f"{adapter} (adapter {name!r} of {len(active)} active ones)"
+        adapters.append(adapter)
+    return find_for(layer, own, joined(adapters), x)
 
 
-def find_for(layer: Any, own: type[Fused], name: str, x: Tensor | None) -> Found | str:
-    """Do as `find` for the adapter of that name, active or not."""
-    adapter = adapter_of(layer, name)
+def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | None) -> Found | str:
+    """Do as `find` for that adapter, active or not."""
     if isinstance(adapter, str):
         return adapter
     frozen = own.frozen(layer, layer._modules["base_layer"], x)
     if isinstance(frozen, str):
         return frozen
     dtype = _computed_in(frozen.dtype, _autocast(frozen.weight.device.type))
-    reason = _surroundings() or _tensors(frozen, adapter, x)
+    reason = _surroundings() or _tensors(frozen, x)
     reason = reason or _dtypes(layer, frozen, adapter, x, dtype)
     return reason or Found(frozen, adapter, dtype)
 
@@ -105,13 +116,11 @@ def _surroundings() -> str | None:
     return None
 
 
-def _tensors(frozen: Frozen, adapter: Adapter, x: Tensor | None) -> str | None:
+def _tensors(frozen: Frozen, x: Tensor | None) -> str | None:
     weight, bias, _, dense, _ = frozen
     for part, tensor in (
         ("base weight", None if dense else weight),
         ("base bias", bias),
-        ("lora_A", adapter.lora_a),
-        ("lora_B", adapter.lora_b),
         ("x", x),
     ):
         if type(tensor) not in _TENSOR:
@@ -120,8 +129,6 @@ def _tensors(frozen: Frozen, adapter: Adapter, x: Tensor | None) -> str | None:
         return "x is a nested tensor"
     if weight.requires_grad:
         return "base weight is trainable"
-    if bias is not None and bias.requires_grad:
-        return "base bias is trainable"
     return None
 
 
@@ -131,18 +138,16 @@ def _dtypes(
     """Return why the operands' dtypes do not fit the `dtype` to compute in."""
     if dtype not in DTYPES:
         return f"base weight is {short(dtype)}"
-    lora_a, lora_b, *_ = adapter
-    autocast = _autocast(frozen.weight.device.type)
+    lora_a, autocast = adapter.lora_a, _autocast(frozen.weight.device.type)
     if frozen.dense is None:
         for part, tensor in (("x", x), ("base bias", frozen.bias)):
             if tensor is not None and _computed_in(tensor.dtype, autocast) != dtype:
                 return f"{part} is {short(tensor.dtype)} beside a {short(frozen.dtype)} base weight"
-    elif x is not None and x.dtype != dtype and x.dtype.itemsize >= dtype.itemsize:
+    elif x is not None and x.dtype.itemsize >= dtype.itemsize and x.dtype != dtype:
+        rounded_by_autocast = autocast is not None and x.dtype == torch.float32
         # One rounding of x cannot serve both: PEFT's low-rank path reads x as it is.
-        if autocast is None or x.dtype != torch.float32:
+        if not rounded_by_autocast:
             return f"x is {short(x.dtype)} where the base computes in {short(dtype)}"
-    if lora_b.dtype != lora_a.dtype:
-        return f"lora_A is {short(lora_a.dtype)}, lora_B {short(lora_b.dtype)}"
     if lora_a.dtype != dtype:
         widens = frozen.dense is not None and lora_a.dtype.itemsize < dtype.itemsize
         if lora_a.dtype not in adapter_dtypes(dtype) and not widens:
@@ -165,15 +170,37 @@ def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtyp
     return autocast
 
 
-def _dequantised(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """Run `lora_linear` on a W made for this call, made again for the backward."""
-    assert frozen.dense is not None
-    make = functools.partial(frozen.dense, dtype)
-    lora_a, lora_b, scaling, dropout_p = adapter
-    if lora_a.dtype.itemsize < dtype.itemsize:
-        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-    bias = None if frozen.bias is None else frozen.bias.to(dtype)
-    y = lora_linear(
-        x.to(dtype), make(), lora_a, lora_b, scaling, bias, dropout_p=dropout_p, rebuild=make
-    )
-    return y.to(x.dtype) if frozen.y_like_x else y
+def _apply(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """Run `lora_linear` on what has to be made for this call, and add what it does not take."""
+    (lora_a, lora_b, outside), bias = adapter.factors(), frozen.bias
+    weight, x_dtype, make = frozen.weight, x.dtype, None
+    if frozen.dense is not None:
+        make = functools.partial(frozen.dense, dtype)  # again in the backward
+        weight, x, bias = make(), x.to(dtype), None if bias is None else bias.to(dtype)
+        if lora_a.dtype.itemsize < dtype.itemsize:
+            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
+    if bias is not None and bias.requires_grad:
+        outside, bias = bias if outside is None else outside + bias, None
+    scaling, dropout_p = adapter.scaling, adapter.dropout_p
+    y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, rebuild=make)
+    if outside is not None:
+        y = _AddRow.apply(y, outside)
+    return y.to(x_dtype) if frozen.y_like_x else y
+
+
+class _AddRow(torch.autograd.Function):
+    """Add row[N] to every row of y[..., N], in y's dtype.
+
+    Autograd's own addition makes an M×N copy in the wider dtype, or sums dy in the narrower one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, row: Tensor) -> Tensor:
+        ctx.row_dtype = row.dtype
+        return torch.add(y, row, out=torch.empty_like(y))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not ctx.needs_input_grad[1]:
+            return dy, None
+        return dy, dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.row_dtype)

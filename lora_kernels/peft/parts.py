@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_DROPOUT = (nn.Identity, nn.Dropout)
-
 
 class Frozen(NamedTuple):
     """What a kind of frozen layer hands over: W[N,K] as it is, or how to make it, and bias[N]."""
@@ -22,45 +20,27 @@ class Frozen(NamedTuple):
     y_like_x: bool = False
 
 
+class Factors(NamedTuple):
+    """A[R,K] and B[N,R] of a call, and what it adds to every row of y: bias[N] or None."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+
+
 class Adapter(NamedTuple):
-    """What an adapter hands over for `s·drop(x)·Aᵀ·Bᵀ`: A[R,K], B[N,R], s and p."""
+    """What a kind of adapter hands over for `s·drop(x)·Aᵀ·Bᵀ`: A[R,K], B[N,R], s and p."""
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
     dropout_p: float
+    # Makes A and B from the parameters, differentiably, where they are not those two themselves.
+    derive: Callable[[], Factors] | None = None
 
-
-def adapter_of(layer: Any, name: str) -> Adapter | str:
-    """Return what one adapter of a PEFT layer hands over, or why it cannot.
-
-    It runs at every call, so it reads `_modules` and `_parameters`: `nn.Module.__getattr__` costs
-    about a microsecond each time, a dictionary a twentieth of that.
-    """
-    children = layer._modules
-    if name not in children["lora_A"]._modules:
-        return f"there is no adapter {name!r} in this layer"
-    if name in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[name]).__name__}"
-    lora_a, lora_b, dropout = (
-        children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
-    )
-    reason = (
-        not_plain("lora_A", lora_a)
-        or not_plain("lora_B", lora_b)
-        or not_plain("lora_dropout", dropout, _DROPOUT)
-    )
-    if reason:
-        return reason
-    scaling = layer.scaling[name]
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {kind(scaling)}, not a number"
-    if parameter(lora_a, "bias") is not None or parameter(lora_b, "bias") is not None:
-        return "the adapter has a bias (lora_bias)"
-    dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    if dropout_p >= 1:
-        return "the dropout probability is 1"
-    return Adapter(parameter(lora_a, "weight"), parameter(lora_b, "weight"), scaling, dropout_p)
+    def factors(self) -> Factors:
+        """Return what this call multiplies by."""
+        return self.derive() if self.derive else Factors(self.lora_a, self.lora_b, None)
 
 
 def not_plain(
@@ -69,6 +49,11 @@ def not_plain(
     """Return why a module cannot be computed without calling it, or None."""
     if type(module) not in types:
         return f"{part} is a {kind(module)}, not a plain nn.{[*types][-1].__name__}"
+    return replaced(part, module)
+
+
+def replaced(part: str, module: nn.Module) -> str | None:
+    """Return why calling a module may run more than its class's forward, or None."""
     state = module.__dict__
     if (
         state["_forward_hooks"]

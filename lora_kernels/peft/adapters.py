@@ -1,0 +1,52 @@
+"""The list of the kinds of adapter, and several adapters as one."""
+
+from typing import Any
+
+import torch
+
+from lora_kernels.peft.lora import plain
+from lora_kernels.peft.parts import Adapter, Factors, short
+from lora_kernels.peft.variants import bdlora, kasa
+
+# PEFT's variant, and what hands over its factors. MiCA trains something else and is the same.
+VARIANTS = {
+    "BdLoraLinearVariant": bdlora,
+    "KasaLinearVariant": kasa,
+    "MiCALinearVariant": plain,
+}
+
+
+def adapter_of(layer: Any, name: str) -> Adapter | str:
+    """Return what one adapter of a PEFT layer hands over, or why it cannot."""
+    if name not in layer._modules["lora_A"]._modules:
+        return f"there is no adapter {name!r} in this layer"
+    if name not in layer.lora_variant:
+        return plain(layer, name)
+    variant = type(layer.lora_variant[name]).__name__
+    return VARIANTS[variant](layer, name) if variant in VARIANTS else f"variant {variant}"
+
+
+def joined(adapters: list[Adapter]) -> Adapter | str:
+    """Return several adapters as one whose rank is the sum of theirs, or why they cannot be."""
+    first = adapters[0]
+    if any(adapter.dropout_p for adapter in adapters):
+        return f"{len(adapters)} active adapters, each dropping elements of its own"
+    dtypes = sorted({short(adapter.lora_a.dtype) for adapter in adapters})
+    if len(dtypes) > 1:
+        return f"active adapters of different dtypes: {', '.join(dtypes)}"
+    same = all(adapter.scaling == first.scaling for adapter in adapters)
+
+    def derive() -> Factors:
+        factors = [adapter.factors() for adapter in adapters]
+        lora_b = [
+            f.lora_b if same else f.lora_b * adapter.scaling
+            for f, adapter in zip(factors, adapters, strict=True)
+        ]
+        biases = [f.bias for f in factors if f.bias is not None]
+        return Factors(
+            torch.cat([f.lora_a for f in factors]),
+            torch.cat(lora_b, dim=1),
+            torch.stack(biases).sum(0) if biases else None,
+        )
+
+    return first._replace(scaling=first.scaling if same else 1.0, derive=derive)

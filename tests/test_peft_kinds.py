@@ -1,0 +1,291 @@
+"""The kinds of frozen layer and of adapter beyond `nn.Linear` and plain LoRA, against PEFT."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import config as lora_config
+from peft_models import (
+    Block,
+    H,
+    K,
+    N,
+    add_other,
+    assert_close_to_peft,
+    assert_same_as_peft,
+    bf16,
+    calls_of_lora_linear,
+    fp32,
+    fp64,
+    peft_model,
+    randomise,
+    run,
+    x_for,
+)
+from peft_models import one_thread as one_thread
+from torch.utils.checkpoint import checkpoint
+from transformers import FalconConfig, FalconForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.peft import from_peft, fuse, why_not
+from lora_kernels.testing import assert_accurate
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+
+
+class Alike(nn.Linear):
+    """Keeps the forward of `nn.Linear`."""
+
+    extra = 1
+
+
+class WithBiases(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(H, K)
+
+
+class Gpt2Block(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(H, K), Conv1D(K, H)
+
+
+class AlikeBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Alike(K, H), Alike(H, K, bias=False)
+
+
+def several(**options: Any) -> Callable[..., PeftModel]:
+    both_of_them = {k: v for k, v in options.items() if k == "kasa_config"}
+
+    def make(**more: Any) -> PeftModel:
+        model = peft_model(**both_of_them, **more)
+        add_other(model, **({"lora_alpha": 11} | options))
+        randomise_diagonals(model)
+        if more.get("dtype"):
+            model.to(more["dtype"])
+        model.base_model.set_adapter(["default", "other"])
+        return model
+
+    return make
+
+
+def of(base: Callable[[], nn.Module] = Block, **options: Any) -> Callable[..., PeftModel]:
+    def make(**more: Any) -> PeftModel:
+        torch.manual_seed(0)
+        model = peft_model(base(), **options, **more)
+        randomise_diagonals(model)
+        return model
+
+    return make
+
+
+def randomise_diagonals(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_diag" in name:
+            parameter.data = torch.linspace(-1, 2, parameter.numel()).to(parameter)
+
+
+KINDS: dict[str, Callable[..., PeftModel]] = {
+    "two active": several(),
+    "two active, one scaling": several(r=4, lora_alpha=6),
+    "two active with lora_bias": several(lora_bias=True),
+    "two active, KaSA": several(kasa_config=lora_config.KasaConfig()),
+    "lora_bias": of(WithBiases, lora_bias=True),
+    "lora_bias and base bias train": of(WithBiases, lora_bias=True, bias="all"),
+    "base biases train": of(WithBiases, bias="lora_only"),
+    "Conv1D": of(Gpt2Block, fan_in_fan_out=True),
+    "Conv1D, bias trains": of(Gpt2Block, fan_in_fan_out=True, bias="all"),
+    "subclass": of(AlikeBlock),
+    "kasa": of(kasa_config=lora_config.KasaConfig()),
+    "mica": of(init_lora_weights="mica"),
+    "bdlora": of(use_bdlora=lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)),
+}
+
+
+def both(make: Callable[..., PeftModel], **options: Any) -> tuple[PeftModel, PeftModel]:
+    plain = make(**options)
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 2
+    return fused, plain
+
+
+def assert_right(
+    fused: nn.Module, plain: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `assert_close_to_peft`, over several draws of x, and every call runs fused."""
+    draws = [x, x.flip(-1), x.roll(5, -1)]
+    with calls_of_lora_linear(monkeypatch) as calls:
+        got = runs(fused, draws)
+    assert len(calls) == 2 * len(draws)
+    eager = runs(plain, draws)
+    exact = runs(copy.deepcopy(plain).to(fp64), [x.to(fp64) for x in draws])
+    assert got.keys() == eager.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert got[name].dtype == eager[name].dtype, name
+        assert_accurate(name, got[name], expected, eager[name])
+
+
+def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
+    results = [run(model, x) for x in draws]
+    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
+
+
+@pytest.mark.parametrize("shape", [(3, 5, K), (7, K)], ids=str)
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradients(
+    kind: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = both(KINDS[kind], dtype=dtype)
+    assert_right(fused, plain, x_for(plain, *shape), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradients_all_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = KINDS[kind]().to(bf16)
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 2
+    assert_right(fused, plain, x_for(plain), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = both(KINDS[kind])
+    x = x_for(plain)
+    exact = run(copy.deepcopy(plain).to(fp64), x.to(fp64))
+    with torch.autocast("cpu", bf16):
+        with calls_of_lora_linear(monkeypatch) as calls:
+            got = run(fused, x)
+        eager = run(plain, x)
+    assert len(calls) == 2
+    for name, expected in exact.items():
+        assert got[name].dtype == eager[name].dtype, name
+        assert_accurate(name, got[name], expected, eager[name].to(bf16))
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "two active with lora_bias"])
+def test_merge_unmerge_save_and_load(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = both(KINDS[kind])
+    x = x_for(plain)
+    for model in (fused, plain):
+        model.merge_adapter()
+    assert_same_as_peft(fused, plain, x)
+    for model in (fused, plain):
+        model.unmerge_adapter()
+    assert_right(fused, plain, x, monkeypatch)
+    fused.save_pretrained(tmp_path / "fused")
+    plain.save_pretrained(tmp_path / "plain")
+    files = sorted((tmp_path / "plain").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        twin = tmp_path / "fused" / file.relative_to(tmp_path / "plain")
+        assert file.read_bytes() == twin.read_bytes()
+
+
+SINGLE = [kind for kind in KINDS if not kind.startswith("two")]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", SINGLE)
+def test_checkpointing_with_dropout(kind: str, reentrant: bool) -> None:
+    model, _ = both(KINDS[kind], lora_dropout=0.4)
+    results = []
+    for call in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        x = x_for(model).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_dropout_is_on_the_adapters_input_alone(kind: str) -> None:
+    """On average y is PEFT's without dropout: one layer, five standard errors."""
+    fused, plain = both(KINDS[kind], lora_dropout=0.5)
+    x = x_for(plain, 1, K).expand(4096, K)
+    drawn = fused.base_model.model.up(x).detach()
+    mean, deviation = drawn.mean(0), drawn.std(0) / len(x) ** 0.5
+    expected = plain.eval().base_model.model.up(x[:1])[0]
+    assert ((mean - expected).abs() <= 5 * deviation + 1e-5).all()
+    assert (deviation > 0).any()
+
+
+def test_several_adapters_under_dropout_are_left_to_peft() -> None:
+    plain = several()(lora_dropout=0.5)
+    fused = copy.deepcopy(plain)
+    reason = "2 active adapters, each dropping elements of its own"
+    assert set(fuse(fused).not_fused.values()) == {reason}
+    fused.eval(), plain.eval()
+    assert len(fuse(fused).fused) == 2
+    assert_close_to_peft(fused, plain, x_for(plain))
+
+
+def test_kasa_waits_for_its_truncation() -> None:
+    model = KINDS["kasa"]()
+    layer = model.base_model.model.up
+    layer._lora_kasa_truncation_deferred.add("default")
+    assert why_not(layer) == "KaSA has not truncated the base weight yet"
+
+
+def test_falcon(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True
+    )
+    base = FalconForCausalLM(config)
+    plain = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomise(plain).eval()
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 8
+    tokens = torch.arange(12).reshape(2, 6)
+    losses = []
+    with calls_of_lora_linear(monkeypatch) as calls:
+        for model in (fused, plain):
+            losses.append(model(input_ids=tokens, labels=tokens).loss)
+            losses[-1].backward()
+    assert len(calls) == 8
+    torch.testing.assert_close(*losses)
+    for got, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("lora_bias", "derived, or it has a bias"),
+        ("base biases train", "base bias is trainable"),
+        ("kasa", "derived, or it has a bias"),
+        ("Conv1D", "base layer is a .*Conv1D"),
+    ],
+)
+def test_from_peft_refuses_more_than_a_lora_linear(kind: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        from_peft(KINDS[kind]().base_model.model.up)
+
+
+@pytest.mark.parametrize("kind", ["two active", "lora_bias and base bias train", "kasa", "bdlora"])
+def test_compiles_without_a_graph_break(kind: str) -> None:
+    fused, plain = both(KINDS[kind])
+    torch._dynamo.reset()
+    compiled = torch.compile(fused.base_model.model, backend="aot_eager", fullgraph=True)
+    x = x_for(plain, 4, K)
+    assert compiled(x).shape == (4, N)
+    reference, eager = copy.deepcopy(plain).to(fp64)(x.to(fp64)), plain(x)
+    assert_accurate("y", compiled(x).detach(), reference.detach(), eager.detach())

@@ -108,7 +108,8 @@ def calls_of_lora_linear(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
     calls: list[int] = []
     with monkeypatch.context() as patch:
         counted = lambda *a, **k: calls.append(1) or lora_linear(*a, **k)
-        patch.setattr("lora_kernels.peft.layer.lora_linear", counted)
+        for module in ("layer", "dora"):
+            patch.setattr(f"lora_kernels.peft.{module}.lora_linear", counted)
         yield calls
 
 

@@ -137,7 +137,7 @@ LEFT_TO_PEFT: dict[str, tuple[Callable[[PeftModel], Any], str]] = {
     "merged": (lambda m: m.merge_adapter(), "adapters are merged"),
     "two active, one not LoRA": (
         lambda m: (add_other(m, use_dora=True), m.base_model.set_adapter(["default", "other"])),
-        r"variant DoraLinearVariant \(adapter 'other' of 2 active ones\)",
+        r"2 active adapters, one of them more than LoRA \(DoRA\)",
     ),
     "two active dtypes": (
         lambda m: (
@@ -150,7 +150,6 @@ LEFT_TO_PEFT: dict[str, tuple[Callable[[PeftModel], Any], str]] = {
     ),
     "none active": (lambda m: m.base_model.set_adapter([]), "no active adapter"),
     "not in this layer": (lambda m: add_other(m, target_modules=["down"]), "no active adapter"),
-    "dora": (lambda m: add_other(m, use_dora=True), "variant DoraLinearVariant"),
     "alora": (lambda m: add_other(m, alora_invocation_tokens=[1]), "variant ALoraLinearVariant"),
     "velora": (
         lambda m: add_other(m, velora_config=lora_config.VeloraConfig(num_groups=2)),

@@ -109,6 +109,9 @@ KINDS: dict[str, Callable[..., PeftModel]] = {
     "subclass": of(AlikeBlock),
     "kasa": of(kasa_config=lora_config.KasaConfig()),
     "mica": of(init_lora_weights="mica"),
+    "dora": of(use_dora=True),
+    "dora, biases train": of(use_dora=True, bias="all"),
+    "dora over Conv1D": of(Gpt2Block, use_dora=True, fan_in_fan_out=True),
     "bdlora": of(use_bdlora=lora_config.BdLoraConfig(["up"], ["down"], nblocks=2)),
 }
 

@@ -263,7 +263,7 @@ def test_converts_both_ways_without_a_copy(name: str, rslora: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "adapter", "reason"),
     [
-        ({"use_dora": True}, "default", "variant DoraLinearVariant"),
+        ({"use_dora": True}, "default", "it is DoRA"),
         ({}, "absent", "there is no adapter 'absent' in this layer"),
     ],
 )

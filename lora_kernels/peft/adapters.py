@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from lora_kernels.peft.dora import dora
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.parts import Adapter, Factors, short
 from lora_kernels.peft.variants import bdlora, kasa
@@ -11,6 +12,7 @@ from lora_kernels.peft.variants import bdlora, kasa
 # PEFT's variant, and what hands over its factors. MiCA trains something else and is the same.
 VARIANTS = {
     "BdLoraLinearVariant": bdlora,
+    "DoraLinearVariant": dora,
     "KasaLinearVariant": kasa,
     "MiCALinearVariant": plain,
 }
@@ -29,6 +31,8 @@ def adapter_of(layer: Any, name: str) -> Adapter | str:
 def joined(adapters: list[Adapter]) -> Adapter | str:
     """Return several adapters as one whose rank is the sum of theirs, or why they cannot be."""
     first = adapters[0]
+    if any(adapter.compute for adapter in adapters):
+        return f"{len(adapters)} active adapters, one of them more than LoRA (DoRA)"
     if any(adapter.dropout_p for adapter in adapters):
         return f"{len(adapters)} active adapters, each dropping elements of its own"
     dtypes = sorted({short(adapter.lora_a.dtype) for adapter in adapters})

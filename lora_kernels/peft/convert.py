@@ -79,6 +79,8 @@ def _more_than_a_lora_linear(layer: Linear, found: Found) -> str | None:
     """Return what a fused PEFT layer has and a `LoRALinear` has not, or None."""
     if type(layer.base_layer).forward is not nn.Linear.forward:
         return f"base layer is a {kind(layer.base_layer)}, not a plain nn.Linear"
+    if found.adapter.compute is not None:
+        return "it is DoRA"
     if found.adapter.derive is not None:
         return "its factors are derived, or it has a bias (lora_bias)"
     if found.frozen.bias is not None and found.frozen.bias.requires_grad:

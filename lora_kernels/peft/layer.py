@@ -12,6 +12,7 @@ from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.parts import Adapter, Frozen, kind, short
+from lora_kernels.peft.rows import add_row
 
 _TENSOR = (nn.Parameter, Tensor, type(None))
 
@@ -47,10 +48,11 @@ class Fused:
         bias = frozen.bias
         if (
             adapter.derive is None
+            and adapter.compute is None
             and frozen.dense is None
             and (bias is None or not bias.requires_grad)
         ):
-            weight, (lora_a, lora_b, scaling, dropout_p, _) = frozen.weight, adapter
+            weight, (lora_a, lora_b, scaling, dropout_p, *_) = frozen.weight, adapter
             return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
         return _apply(x, frozen, adapter, dtype)
 
@@ -148,6 +150,11 @@ def _dtypes(
         # One rounding of x cannot serve both: PEFT's low-rank path reads x as it is.
         if not rounded_by_autocast:
             return f"x is {short(x.dtype)} where the base computes in {short(dtype)}"
+    if adapter.compute is not None:
+        if frozen.dense is not None:
+            return "DoRA over a quantised base"
+        if adapter.dropout_p and autocast is None and lora_a.dtype != dtype:
+            return f"DoRA drops from an x of {short(lora_a.dtype)}, the base reads {short(dtype)}"
     if lora_a.dtype != dtype:
         widens = frozen.dense is not None and lora_a.dtype.itemsize < dtype.itemsize
         if lora_a.dtype not in adapter_dtypes(dtype) and not widens:
@@ -172,7 +179,10 @@ def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtyp
 
 def _apply(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> Tensor:
     """Run `lora_linear` on what has to be made for this call, and add what it does not take."""
-    (lora_a, lora_b, outside), bias = adapter.factors(), frozen.bias
+    factors, bias = adapter.factors(), frozen.bias
+    if adapter.compute is not None:
+        return adapter.compute(x, frozen.weight, factors, bias)
+    lora_a, lora_b, outside = factors
     weight, x_dtype, make = frozen.weight, x.dtype, None
     if frozen.dense is not None:
         make = functools.partial(frozen.dense, dtype)  # again in the backward
@@ -184,23 +194,5 @@ def _apply(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> T
     scaling, dropout_p = adapter.scaling, adapter.dropout_p
     y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, rebuild=make)
     if outside is not None:
-        y = _AddRow.apply(y, outside)
+        y = add_row(y, outside)
     return y.to(x_dtype) if frozen.y_like_x else y
-
-
-class _AddRow(torch.autograd.Function):
-    """Add row[N] to every row of y[..., N], in y's dtype.
-
-    Autograd's own addition makes an M×N copy in the wider dtype, or sums dy in the narrower one.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, row: Tensor) -> Tensor:
-        ctx.row_dtype = row.dtype
-        return torch.add(y, row, out=torch.empty_like(y))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not ctx.needs_input_grad[1]:
-            return dy, None
-        return dy, dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.row_dtype)

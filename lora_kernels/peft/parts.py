@@ -37,6 +37,9 @@ class Adapter(NamedTuple):
     dropout_p: float
     # Makes A and B from the parameters, differentiably, where they are not those two themselves.
     derive: Callable[[], Factors] | None = None
+    # Makes y of x, W, the factors and the bias where that is more than one `lora_linear`. It takes
+    # a dense W and, under dropout, adapters in the dtype computed in.
+    compute: Callable[[Tensor, Tensor, Factors, Tensor | None], Tensor] | None = None
 
     def factors(self) -> Factors:
         """Return what this call multiplies by."""

@@ -1,0 +1,44 @@
+"""DoRA: `y = m/‖W + s·B·A‖ ∘ (x·Wᵀ + s·x·Aᵀ·Bᵀ) (+ bias)`, the norm of each row a constant.
+
+Kept for the backward beyond what the operator keeps: its result, from which m's gradient is read.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.peft.lora import plain
+from lora_kernels.peft.parts import Adapter, Factors, kind, parameter, replaced
+from lora_kernels.peft.rows import rescale, row_norms
+
+
+def dora(layer: Any, name: str) -> Adapter | str:
+    """Return what a DoRA adapter hands over, or why it cannot."""
+    found = plain(layer, name)
+    if isinstance(found, str):
+        return found
+    if layer.ephemeral_gpu_offload:
+        return "DoRA's norms are computed on another device (ephemeral_gpu_offload)"
+    vectors = layer._modules["lora_magnitude_vector"]._modules[name]
+    magnitude = parameter(vectors, "weight")
+    if type(magnitude) not in (nn.Parameter, Tensor):
+        return f"lora_magnitude_vector is a {kind(magnitude)}, not a plain tensor"
+    scaling, dropout_p = found.scaling, found.dropout_p
+
+    def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
+        lora_a, lora_b, _ = factors
+        # The norm is rounded as PEFT rounds it, so that m/n is 1 where training starts.
+        scale = magnitude / row_norms(weight, lora_a, lora_b, scaling)
+        frozen_bias = None if bias is None else bias.detach()
+        if not dropout_p:
+            z = lora_linear(x, weight, lora_a, lora_b, scaling, frozen_bias)
+            return rescale(z, scale, bias)
+        # Then PEFT drops from the scaled frozen product, too, but leaves the other one alone:
+        # x·Wᵀ + (m/n - 1)∘drop(x)·Wᵀ + m/n∘s·drop(x)·Aᵀ·Bᵀ with one mask.
+        dropped = F.dropout(x, dropout_p)
+        z = lora_linear(dropped, weight, lora_a, lora_b, scaling, frozen_bias)
+        return F.linear(x - dropped, weight) + rescale(z, scale, bias)
+
+    return replaced("lora_magnitude_vector", vectors) or found._replace(compute=compute)

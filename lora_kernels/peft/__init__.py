@@ -8,6 +8,16 @@ runs PEFT's own forward.
 from lora_kernels.peft.convert import from_peft, to_peft
 from lora_kernels.peft.kinds import fuse, unfuse, why_not
 from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.merging import merge_loss
 from lora_kernels.peft.report import Report
 
-__all__ = ["FusedLinear", "Report", "from_peft", "fuse", "to_peft", "unfuse", "why_not"]
+__all__ = [
+    "FusedLinear",
+    "Report",
+    "from_peft",
+    "fuse",
+    "merge_loss",
+    "to_peft",
+    "unfuse",
+    "why_not",
+]

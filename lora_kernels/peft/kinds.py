@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_kernels.peft.layer import Fused, find
+from lora_kernels.peft.merging import forget
 from lora_kernels.peft.parts import kind
 from lora_kernels.peft.report import Report
 
@@ -45,6 +46,7 @@ def unfuse(model: nn.Module) -> None:
         plain = type(layer).__dict__.get("plain")
         if isinstance(layer, Fused) and plain:
             layer.__class__ = plain
+            forget(layer)
 
 
 def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:

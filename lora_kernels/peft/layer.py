@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 from lora_kernels.peft.adapters import adapter_of, joined
+from lora_kernels.peft.merging import ExactMerge
 from lora_kernels.peft.parts import Adapter, Frozen, kind, short
 from lora_kernels.peft.rows import add_row
 
 _TENSOR = (nn.Parameter, Tensor, type(None))
 
 
-class Fused:
+class Fused(ExactMerge):
     """What makes a PEFT layer run `lora_linear` wherever `why_not` has no objection.
 
     Made by `fuse` only. A kind of layer inherits from this and from PEFT's class, names the latter
@@ -25,8 +26,6 @@ class Fused:
     `nn.Dropout` does from the same torch seed; its distribution is the same. A second derivative
     raises.
     """
-
-    plain: ClassVar[type[nn.Module]]
 
     @staticmethod
     def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:

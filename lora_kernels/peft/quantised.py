@@ -56,6 +56,16 @@ class FusedLinear4bit(Fused, Linear4bit):
 
         return Frozen(weight, parameter(base, "bias"), dtype, dense, y_like_x=True)
 
+    @staticmethod
+    def keep(base: Any) -> Any:
+        """Return the packed weight itself: PEFT replaces it."""
+        return base.weight
+
+    @staticmethod
+    def restore(base: Any, kept: Any) -> None:
+        """Put the packed weight back."""
+        base.weight, base.quant_state = kept, kept.quant_state
+
 
 class FusedLinear8bitLt(Fused, Linear8bitLt):
     """PEFT's layer over `bitsandbytes.nn.Linear8bitLt`, fused where it does not quantise x."""
@@ -85,3 +95,15 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
 
         dtype = torch.float32 if x is None else x.dtype
         return Frozen(weight, parameter(base, "bias"), dtype, dense)
+
+    @staticmethod
+    def keep(base: Any) -> Any:
+        """Return the int8 values and their scales: PEFT replaces both."""
+        source = base.weight if base.state.CB is None else base.state
+        return {"CB": source.CB, "SCB": source.SCB}
+
+    @staticmethod
+    def restore(base: Any, kept: Any) -> None:
+        """Put a weight of those values back, from which the next call takes them over."""
+        base.weight = bnb.nn.Int8Params(kept["CB"], requires_grad=False, **kept)
+        base.state.reset_grads()

@@ -1,0 +1,127 @@
+"""Merging that can be undone: the frozen bits are kept while an adapter is merged.
+
+PEFT unmerges by subtracting what it added, which in bf16 restores neither the bits nor, over many
+cycles, anything near them.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lora_kernels.peft.adapters import adapter_of
+from lora_kernels.peft.rows import row_norms
+
+_KEPT = "_frozen_bits"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1 << 20
+
+
+class ExactMerge:
+    """`merge` and `unmerge` of a PEFT layer, the latter exact; one more copy of W while merged."""
+
+    plain: ClassVar[type[nn.Module]]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as PEFT does, after keeping the frozen bits aside."""
+        layer: Any = self
+        base = layer.get_base_layer()
+        kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
+        if not layer.merged and self._owns(base):
+            kept = self.keep(base)
+        elif kept is not None and stamp != _stamp(base):
+            kept = None  # W was written to while merged: these bits are of another one
+        try:
+            layer.plain.merge(layer, safe_merge, adapter_names)
+        finally:
+            if layer.merged and kept is not None:
+                layer.__dict__[_KEPT] = kept, _stamp(base)
+
+    def unmerge(self) -> None:
+        """Unmerge as PEFT does, and put the frozen bits back unless W was written to meanwhile."""
+        layer: Any = self
+        base = layer.get_base_layer()
+        kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
+        exact = kept is not None and stamp == _stamp(base)
+        layer.plain.unmerge(layer)
+        if exact and not layer.merged:
+            self.restore(base, kept)
+
+    @staticmethod
+    def _owns(base: Any) -> bool:
+        """Return whether the layer's tensors lie here, whole, rather than sharded or on meta."""
+        return all(
+            t is None or (not is_traceable_wrapper_subclass(t) and t.device.type != "meta")
+            for t in _tensors(base)
+        )
+
+    @staticmethod
+    def keep(base: Any) -> Any:
+        """Return what `restore` needs: copies, for PEFT adds to the tensors in place."""
+        return base.weight.data.clone(), None if base.bias is None else base.bias.data.clone()
+
+    @staticmethod
+    def restore(base: Any, kept: Any) -> None:
+        """Put back what `keep` returned, into the tensors that are there."""
+        weight, bias = kept
+        base.weight.data.copy_(weight)
+        if bias is not None:
+            base.bias.data.copy_(bias)
+
+
+def forget(layer: nn.Module) -> None:
+    """Drop the kept bits: from now on PEFT's own `unmerge` runs."""
+    layer.__dict__.pop(_KEPT, None)
+
+
+def merge_loss(model: nn.Module) -> dict[str, float]:
+    """Return what share of its update each merged fused layer lost to the rounding of W's dtype.
+
+    `‖(merged - W) - Δ‖ / ‖Δ‖` with Δ, the exact change, in float64: 0 is nothing, 1 as much as if
+    nothing had been merged. Layers over quantised weights are not among them.
+    """
+    losses = {}
+    for name, layer in model.named_modules():
+        kept = layer.__dict__.get(_KEPT)
+        if kept is not None and isinstance(kept[0], tuple):
+            losses[name] = _loss(layer, kept[0][0])
+    return losses
+
+
+@torch.no_grad()
+def _loss(layer: Any, frozen: Tensor) -> float:
+    merged = layer.get_base_layer().weight.data.double()
+    frozen = frozen.double()
+    if layer.is_target_conv_1d_layer:
+        merged, frozen = merged.t(), frozen.t()
+    exact = frozen
+    for name in layer.merged_adapters:
+        adapter: Any = adapter_of(layer, name)
+        factors = adapter.factors()
+        lora_a, lora_b = factors.lora_a.double(), factors.lora_b.double()
+        exact = exact + adapter.scaling * (lora_b @ lora_a)
+        if adapter.compute is not None:  # DoRA
+            norms = row_norms(frozen, lora_a, lora_b, adapter.scaling)
+            exact *= (layer.lora_magnitude_vector[name].weight.double() / norms).unsqueeze(1)
+    change = (exact - frozen).norm()
+    return 0.0 if change == 0 else ((merged - exact).norm() / change).item()
+
+
+def _stamp(base: Any) -> list[Any]:
+    """Return a fingerprint of the layer's tensors: equal for equal bits, in copies as well."""
+    return [None if t is None else (t.dtype, t.shape, _fingerprint(t)) for t in _tensors(base)]
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """Return `Σ bits·position`, modulo 2⁶⁴: a write that no version counter saw changes it."""
+    flat = tensor.detach().as_subclass(Tensor).reshape(-1).view(_BITS[tensor.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, flat.numel(), _BLOCK):
+        block = flat[start : start + _BLOCK].long()
+        total += (block * torch.arange(2 * start + 1, 2 * (start + len(block)), 2).to(block)).sum()
+    return int(total)
+
+
+def _tensors(base: Any) -> tuple[Any, Any]:
+    return base.weight, base.bias

@@ -41,6 +41,11 @@ from lora_kernels.testing import assert_accurate
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
+@pytest.fixture(autouse=True)
+def small_x_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
+
+
 class Alike(nn.Linear):
     """Keeps the forward of `nn.Linear`."""
 
@@ -241,6 +246,18 @@ def test_several_adapters_under_dropout_are_left_to_peft() -> None:
     fused.eval(), plain.eval()
     assert len(fuse(fused).fused) == 2
     assert_close_to_peft(fused, plain, x_for(plain))
+
+
+@pytest.mark.parametrize("kind", ["two active", "lora_bias", "kasa", "bdlora"])
+def test_a_few_rows_are_left_to_peft_where_factors_are_made_anew(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 64)
+    fused, plain = both(KINDS[kind])
+    layer = fused.base_model.model.up
+    assert "fewer than 64 rows" in str(why_not(layer, x_for(plain, 7, 9, K)))
+    assert why_not(layer, x_for(plain, 8, 8, K)) is None
+    assert_same_as_peft(fused, plain, x_for(plain, 7, 9, K))
 
 
 def test_kasa_waits_for_its_truncation() -> None:

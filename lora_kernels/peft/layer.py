@@ -15,7 +15,10 @@ from lora_kernels.peft.merging import ExactMerge
 from lora_kernels.peft.parts import Adapter, Frozen, kind, short
 from lora_kernels.peft.rows import add_row
 
-_TENSOR = (nn.Parameter, Tensor, type(None))
+_TENSOR = (nn.Parameter, Tensor)
+# Below so many rows of x, making factors anew for each call costs more than it saves: measured on
+# a CPU at N = K = 576, two and four adapters, KaSA and lora_bias (even at 64 rows, ahead at 256).
+FEW_ROWS = 64
 
 
 class Fused(ExactMerge):
@@ -101,10 +104,17 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     frozen = own.frozen(layer, layer._modules["base_layer"], x)
     if isinstance(frozen, str):
         return frozen
-    dtype = _computed_in(frozen.dtype, _autocast(frozen.weight.device.type))
-    reason = _surroundings() or _tensors(frozen, x)
-    reason = reason or _dtypes(layer, frozen, adapter, x, dtype)
-    return reason or Found(frozen, adapter, dtype)
+    autocast = None
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(frozen.weight.device.type):
+        autocast = torch.get_autocast_dtype(frozen.weight.device.type)
+    dtype = _computed_in(frozen.dtype, autocast)
+    return (
+        _surroundings()
+        or _tensors(frozen, x)
+        or _dtypes(layer, frozen, adapter, x, dtype, autocast)
+        or _few_rows(adapter, x)
+        or Found(frozen, adapter, dtype)
+    )
 
 
 def _surroundings() -> str | None:
@@ -119,31 +129,36 @@ def _surroundings() -> str | None:
 
 def _tensors(frozen: Frozen, x: Tensor | None) -> str | None:
     weight, bias, _, dense, _ = frozen
-    for part, tensor in (
-        ("base weight", None if dense else weight),
-        ("base bias", bias),
-        ("x", x),
-    ):
-        if type(tensor) not in _TENSOR:
-            return f"{part} is a {kind(tensor)}, not a plain tensor"
-    if x is not None and x.is_nested:
+    if type(weight) not in _TENSOR and dense is None:
+        return f"base weight is a {kind(weight)}, not a plain tensor"
+    if bias is not None and type(bias) not in _TENSOR:
+        return f"base bias is a {kind(bias)}, not a plain tensor"
+    if x is None:
+        return "base weight is trainable" if weight.requires_grad else None
+    if type(x) not in _TENSOR:
+        return f"x is a {kind(x)}, not a plain tensor"
+    if x.is_nested:
         return "x is a nested tensor"
-    if weight.requires_grad:
-        return "base weight is trainable"
-    return None
+    return "base weight is trainable" if weight.requires_grad else None
 
 
 def _dtypes(
-    layer: Any, frozen: Frozen, adapter: Adapter, x: Tensor | None, dtype: torch.dtype
+    layer: Any,
+    frozen: Frozen,
+    adapter: Adapter,
+    x: Tensor | None,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
 ) -> str | None:
     """Return why the operands' dtypes do not fit the `dtype` to compute in."""
     if dtype not in DTYPES:
         return f"base weight is {short(dtype)}"
-    lora_a, autocast = adapter.lora_a, _autocast(frozen.weight.device.type)
+    lora_a, bias = adapter.lora_a, frozen.bias
     if frozen.dense is None:
-        for part, tensor in (("x", x), ("base bias", frozen.bias)):
-            if tensor is not None and _computed_in(tensor.dtype, autocast) != dtype:
-                return f"{part} is {short(tensor.dtype)} beside a {short(frozen.dtype)} base weight"
+        if x is not None and _computed_in(x.dtype, autocast) != dtype:
+            return f"x is {short(x.dtype)} beside a {short(frozen.dtype)} base weight"
+        if bias is not None and _computed_in(bias.dtype, autocast) != dtype:
+            return f"base bias is {short(bias.dtype)} beside a {short(frozen.dtype)} base weight"
     elif x is not None and x.dtype.itemsize >= dtype.itemsize and x.dtype != dtype:
         rounded_by_autocast = autocast is not None and x.dtype == torch.float32
         # One rounding of x cannot serve both: PEFT's low-rank path reads x as it is.
@@ -163,10 +178,11 @@ def _dtypes(
     return None
 
 
-def _autocast(device_type: str) -> torch.dtype | None:
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+def _few_rows(adapter: Adapter, x: Tensor | None) -> str | None:
+    # Decided by x's shape alone: a checkpoint's second forward must take the way of the first.
+    if adapter.derive is None or x is None or x.numel() >= FEW_ROWS * x.shape[-1]:
+        return None
+    return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster here"
 
 
 def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:

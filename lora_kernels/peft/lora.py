@@ -20,9 +20,9 @@ def plain(
     about a microsecond each time, a dictionary a twentieth of that.
     """
     children = layer._modules
-    lora_a, lora_b, dropout = (
-        children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
-    )
+    lora_a = children["lora_A"]._modules[name]
+    lora_b = children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
     reason = (
         not_plain("lora_A", lora_a, types)
         or not_plain("lora_B", lora_b, types)
@@ -37,9 +37,10 @@ def plain(
     if dropout_p >= 1:
         return "the dropout probability is 1"
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    for part, tensor in (("lora_A", a), ("lora_B", b)):
-        if type(tensor) not in _TENSOR:
-            return f"{part} is a {kind(tensor)}, not a plain tensor"
+    if type(a) not in _TENSOR:
+        return f"lora_A is a {kind(a)}, not a plain tensor"
+    if type(b) not in _TENSOR:
+        return f"lora_B is a {kind(b)}, not a plain tensor"
     if b.dtype != a.dtype:
         return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}"
     bias = lora_b._parameters.get("bias")

@@ -14,9 +14,10 @@ _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
 def add_row(y: Tensor, row: Tensor) -> Tensor:
     """Return `y + row` for every row of y[..., N], rounded once, to y's dtype; row is [N].
 
-    Autograd's own addition copies y in the wider dtype, or sums row's gradient in the narrower one.
+    Beside a wider row, autograd's own addition copies y in that dtype, or sums row's gradient in
+    the narrower one.
     """
-    return _AddRow.apply(y, row)
+    return y + row if row.dtype == y.dtype else _AddRow.apply(y, row)
 
 
 def rescale(z: Tensor, scale: Tensor, row: Tensor | None) -> Tensor:

@@ -164,6 +164,18 @@ def test_a_weight_changed_while_merged_is_unmerged_as_peft_does(
     assert torch.equal(bits(fused)[name], bits(plain)[name])
 
 
+def test_unfuse_leaves_nothing_behind() -> None:
+    plain = peft_model()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    for model in (fused, plain):
+        model.merge_adapter()
+    unfuse(fused)
+    assert [m.__dict__.keys() for m in fused.modules()] == [
+        m.__dict__.keys() for m in plain.modules()
+    ]
+
+
 def test_a_failed_merge_leaves_everything_as_it_was() -> None:
     model = peft_model()
     fuse(model)

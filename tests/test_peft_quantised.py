@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
 import bitsandbytes as bnb
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.bnb import Linear4bit
 from peft_models import (
     Block,
@@ -28,12 +28,13 @@ from peft_models import (
     fp64,
     randomise,
     run,
+    train,
 )
 from peft_models import one_thread as one_thread
 from torch.utils.checkpoint import checkpoint
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.peft import fuse, unfuse, why_not
-from lora_kernels.peft.kinds import fused_class
 from lora_kernels.testing import assert_accurate
 
 FORMATS = {
@@ -86,17 +87,25 @@ def densified(peft: PeftModel, compute: torch.dtype, dtype: torch.dtype) -> Peft
     state = dict(peft.named_parameters())
     for path, parameter in twin.named_parameters():
         if path.endswith("base_layer.weight"):
-            layer = peft.get_submodule(path.removesuffix(".base_layer.weight"))
-            frozen = fused_class(layer).frozen(layer, layer.base_layer, None)
-            parameter.data = frozen.dense(compute)
+            parameter.data = dense(peft.get_submodule(path.removesuffix(".weight")), compute)
         else:
             parameter.data = state[path].data.clone()
     return twin.to(dtype)
 
 
+def dense(base: Any, dtype: torch.dtype) -> Tensor:
+    """W as bitsandbytes multiplies by it in `dtype`: its own product with the identity."""
+    bias, base.bias = base.bias, None
+    identity = torch.eye(base.in_features, dtype=dtype, requires_grad=True)
+    product = base(identity).detach()
+    base.bias = bias
+    return product.t().contiguous()
+
+
 def dense_weights(peft: PeftModel) -> list[Tensor]:
-    layers = peft.base_model.model.up, peft.base_model.model.down
-    return [fused_class(m).frozen(m, m.base_layer, None).dense(fp32) for m in layers]
+    return [
+        dense(m.base_layer, fp32) for m in (peft.base_model.model.up, peft.base_model.model.down)
+    ]
 
 
 def x_for(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -314,7 +323,7 @@ LEFT: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 def test_leaves_to_peft(name: str, change: Callable[[Any], Any], reason: str) -> None:
     layer = model(name).base_model.model.up
     change(layer)
-    assert reason in str(why_not(layer))
+    assert reason in str(why_not(layer, x_for(fp32)))
 
 
 def test_x_wider_than_the_compute_dtype_is_left_to_peft() -> None:
@@ -337,7 +346,7 @@ def test_inference_is_left_to_bitsandbytes() -> None:
     fuse(fused)
     x = x_for(bf16, 3, 64)
     with torch.no_grad():
-        assert "in inference" in str(why_not(fused))
+        assert "in inference" in str(why_not(fused, x))
         assert torch.equal(fused(x), plain(x))
 
 
@@ -345,7 +354,7 @@ def test_reentrant_checkpointing_runs_one_and_the_same_code_twice() -> None:
     """Its first forward has gradients off: another dropout mask there would be a wrong gradient."""
     layer = model("nf4", lora_dropout=0.5).base_model.model.up
     with torch.no_grad():
-        assert why_not(layer) is None
+        assert why_not(layer, x_for(fp32)) is None
 
 
 @pytest.mark.parametrize("name", ["nf4 nested", "int8"])
@@ -371,3 +380,47 @@ def test_kinds_of_adapter_combine_with_kinds_of_base(
     assert len(fuse(fused).fused) == 2
     reference = densified(plain, bf16, fp64)
     assert_right(fused, plain, reference, x_for(bf16), monkeypatch)
+
+
+@pytest.mark.parametrize("eight", [False, True], ids=["4-bit", "8-bit"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_quantised_checkpoint_trains_as_users_train_it(
+    prepared: bool, eight: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`BitsAndBytesConfig`, `prepare_model_for_kbit_training`, `Trainer(bf16=True)`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).to(bf16).save_pretrained(tmp_path / "base")
+    how = BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=bf16,
+    )
+
+    def losses(fusing: bool) -> list[float]:
+        base = LlamaForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=how, dtype=bf16, device_map="cpu"
+        )
+        if prepared:
+            base = prepare_model_for_kbit_training(base)
+        torch.manual_seed(0)
+        lora: Any = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4)
+        peft = get_peft_model(base, lora)
+        if fusing:
+            assert len(fuse(peft).fused) == 14
+        return train(peft, tmp_path / "run", bf16=True)
+
+    with calls_of_lora_linear(monkeypatch) as calls:
+        got = losses(True)
+    assert len(calls) == 14 * 6 * (2 if prepared else 1)  # preparing turns checkpointing on
+    assert got[-1] < got[0] - 0.05
+    assert got == pytest.approx(losses(False), rel=2e-2)

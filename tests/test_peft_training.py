@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("peft")
 
-from peft import PeftModel
 from peft_models import (
     K,
     assert_same_as_peft,
@@ -24,12 +23,12 @@ from peft_models import (
     pair,
     peft_model,
     run,
+    train,
     x_for,
 )
 from peft_models import one_thread as one_thread
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
 
 from lora_kernels.peft import fuse, why_not
 from lora_kernels.testing import assert_accurate
@@ -147,28 +146,6 @@ def test_compiles_without_a_graph_break(dropout: float) -> None:
 
 
 # --- A real trainer ------------------------------------------------------------------------------
-
-
-def train(model: PeftModel, folder: Path, **options: Any) -> list[float]:
-    tokens = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        seed=3,
-        **options,
-    )
-    trainer = Trainer(model, arguments, train_dataset=data)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def unfuse(model: nn.Module) -> None:
 def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:
     """Return why `layer(x, *args, **kwargs)` cannot run fused as things are, or None if it can.
 
-    Without x the answer is for an x of the base weight's dtype. Autocast counts.
+    Without x the answer is for training on an x of the base weight's dtype. Autocast counts.
     """
     own = fused_class(layer)
     if own is None:

@@ -34,7 +34,8 @@ class Fused(ExactMerge):
     def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
         """Return what the base layer of `layer` hands over, or why it cannot.
 
-        Without x, for an x of the dtype that the base layer computes in.
+        Without x, for an x of the dtype that the base layer computes in, and for training: models
+        are often fused before `train()`.
         """
         raise NotImplementedError
 

@@ -38,7 +38,7 @@ class FusedLinear4bit(Fused, Linear4bit):
             return f"base weight was quantised as {tuple(state.shape)}"
         if getattr(state, "packing_format_for_cpu", False):
             return "base weight is repacked for inference on this CPU"
-        if not layer.training and not torch.is_grad_enabled():
+        if x is not None and not layer.training and not torch.is_grad_enabled():
             return "in inference bitsandbytes may multiply by the 4-bit weight itself"
         if x is not None and x.is_cuda and x.numel() <= _FEW_ROWS * base.in_features:
             return "for a few rows bitsandbytes multiplies by the 4-bit weight itself"
@@ -82,8 +82,10 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
         state = base.state
         if state.has_fp16_weights:
             return "base weight is quantised anew at every call"
-        if not base.training or weight.device.type not in ("cpu", "xpu"):
+        if weight.device.type not in ("cpu", "xpu"):
             return "bitsandbytes quantises x, too"
+        if x is not None and not base.training:
+            return "bitsandbytes quantises x, too, outside training"
         # The first call moves both from the weight to the state.
         values = weight.CB if state.CB is None else state.CB
         scales = weight.SCB if state.SCB is None else state.SCB

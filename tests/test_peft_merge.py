@@ -18,6 +18,7 @@ from peft_models import one_thread as one_thread
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import fuse, merge_loss, unfuse
+from lora_kernels.peft.merging import _fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Already unmerged")
 
@@ -217,3 +218,15 @@ def test_merge_loss(kind: str) -> None:
         assert all(low <= loss <= high for loss in losses.values()), (dtype, size, losses)
         model.unmerge_adapter()
         assert merge_loss(model) == {}
+
+
+@pytest.mark.parametrize("numel", [0, 1, 3, 37, (1 << 17) * 8 + 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, bf16, fp32], ids=str)
+def test_the_fingerprint_sees_every_element(numel: int, dtype: torch.dtype) -> None:
+    tensor = torch.arange(numel + 1).to(dtype)[1:]  # a view that does not start at a word
+    expected = _fingerprint(tensor)
+    assert _fingerprint(tensor.clone()) == expected
+    for i in {0, numel // 2, numel - 1} if numel else ():
+        changed = tensor.clone()
+        changed[i] = changed[i] == 0
+        assert _fingerprint(changed) != expected

@@ -14,8 +14,8 @@ from lora_kernels.peft.adapters import adapter_of
 from lora_kernels.peft.rows import row_norms
 
 _KEPT = "_frozen_bits"
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = 1 << 20
+_WORD = 8  # bytes that a fingerprint takes at a time
+_BLOCK = 1 << 17  # words
 
 
 class ExactMerge:
@@ -113,14 +113,20 @@ def _stamp(base: Any) -> list[Any]:
     return [None if t is None else (t.dtype, t.shape, _fingerprint(t)) for t in _tensors(base)]
 
 
-def _fingerprint(tensor: Tensor) -> int:
-    """Return `Σ bits·position`, modulo 2⁶⁴: a write that no version counter saw changes it."""
-    flat = tensor.detach().as_subclass(Tensor).reshape(-1).view(_BITS[tensor.dtype.itemsize])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), _BLOCK):
-        block = flat[start : start + _BLOCK].long()
-        total += (block * torch.arange(2 * start + 1, 2 * (start + len(block)), 2).to(block)).sum()
-    return int(total)
+def _fingerprint(tensor: Tensor) -> tuple[int, bytes]:
+    """Return `Σ word·odd number`, modulo 2⁶⁴: a write that no version counter saw changes it."""
+    flat = tensor.detach().as_subclass(Tensor).reshape(-1)
+    if flat.storage_offset() * flat.itemsize % _WORD:
+        flat = flat.clone()
+    octets = flat.view(torch.uint8)
+    whole = octets.numel() // _WORD * _WORD
+    words = octets[:whole].view(torch.int64)
+    odd = 2 * torch.arange(min(words.numel(), _BLOCK), device=words.device) + 1
+    sums = [
+        (block * odd[: len(block)]).sum() * (2 * n + 1)
+        for n, block in enumerate(words.split(_BLOCK))
+    ]
+    return int(torch.stack(sums).sum()), bytes(octets[whole:].tolist())
 
 
 def _tensors(base: Any) -> tuple[Any, Any]:

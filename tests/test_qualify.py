@@ -427,6 +427,17 @@ def test_info_says_what_is_proven(
     assert "cuda: 2026-11-25: hung: speed forward: no end within 60 s" in report
 
 
+def test_the_report_of_fuse_ends_with_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = pytest.importorskip("lora_kernels.peft.report")
+    shown = report.Report(["layer"], {})
+    assert str(shown).endswith("1 of 1 PEFT layers fused")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choose, "known", lambda device_type: f"untried: {choose.COMMAND}")
+    *_, cuda, triton = str(shown).splitlines()
+    assert cuda == "cuda: untried: python -m lora_kernels.qualify"
+    assert triton == "triton: untried: python -m lora_kernels.qualify"
+
+
 # --- Ranks ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,11 @@
 import re
 from dataclasses import dataclass
 
+import torch
+
+from lora_kernels.ops.lora_linear import BACKENDS
+from lora_kernels.qualify import choose
+
 
 @dataclass(frozen=True)
 class Report:
@@ -30,4 +35,7 @@ class Report:
         width = max(len(name) for _, name, _ in rows)
         lines = [f"{count:>5}  {name:<{width}}  {outcome}" for count, name, outcome in rows]
         header = f"{'count':>5}  {'module':<{width}}  outcome"
-        return "\n".join([header, *lines, f"{len(self.fused)} of {total} PEFT layers fused"])
+        # Which backend then runs is this machine's own verdict.
+        trust = choose.trust(BACKENDS, "cuda") if torch.cuda.is_available() else ()
+        fused = f"{len(self.fused)} of {total} PEFT layers fused"
+        return "\n".join([header, *lines, fused, *trust])

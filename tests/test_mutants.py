@@ -60,6 +60,7 @@ def test_a_scaling_that_passes_through_16_bits_is_noticed(monkeypatch: pytest.Mo
         (1.0, 0.5, fp32, (1.0, 2.0)),
         (2.0**120, 0.0, fp16, (2.0**20, 2.0**100)),
         (2.0**-80, 0.0, fp16, (2.0**-16, 2.0**-64)),
+        (2.0**30, 0.0, bf16, (2.0**6, 2.0**24)),
     ],
 )
 def test_how_a_scaling_is_split(

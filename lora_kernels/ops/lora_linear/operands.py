@@ -109,14 +109,16 @@ class Scale(NamedTuple):
 def split_scaling(scaling: float, dropout_p: float, dtype: torch.dtype) -> Scale:
     """Split `s/(1-p)` into `m·2ᵉ` with |m| in (½, 1] and 2ᵉ a float, for x of `dtype`.
 
-    P = m·keep(x)·Aᵀ is then never larger than the unscaled product. Beside fp32, bf16 and fp64,
-    whose exponents reach as far as the accumulator's, a small s rides in m whole and e is at least
-    0; beside fp16, e is at least -64. A kernel may multiply its accumulator by 2⁻ᵉ and back without
-    losing a bit: fp16 products are multiples of 2⁻⁴⁸ below 2⁶³, and e is at most 100.
+    P = m·keep(x)·Aᵀ is then never larger than the unscaled product. A kernel may multiply its fp32
+    accumulator by 2⁻ᵉ and back without losing a bit: fp16 products are multiples of 2⁻⁴⁸ below 2⁶³,
+    and e is in [-64, 100] beside them. bf16, fp32 and fp64 have exponents as far as the
+    accumulator's: a small s rides in m whole, and e is in [0, 24], so that bits are lost below
+    2⁻¹⁰² alone; beyond the ends, m takes the rest.
     """
     s = scaling / (1 - dropout_p)
     mantissa, exponent = math.frexp(s)
     if abs(mantissa) == 0.5:
         exponent -= 1
-    exponent = min(max(exponent, -64 if dtype == torch.float16 else 0), 100)
+    least, most = (-64, 100) if dtype == torch.float16 else (0, 24)
+    exponent = min(max(exponent, least), most)
     return Scale(math.ldexp(s, -exponent), math.ldexp(1.0, exponent))

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lora_kernels.qualify.parent import die_with_parent
+
 ROOT = Path(__file__).parent.parent
 JOBS = min(max((os.cpu_count() or 2) // 2, 2), 8)  # side by side: they compile more than they run
 GRACE_S = 5  # for a process that was killed: a driver may hold it until its kernel is gone
@@ -32,6 +34,7 @@ def run(
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=die_with_parent,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
     )
 

@@ -94,7 +94,7 @@ class Cuda:
     A stage is 64 deep. The epilogue of a tile overlaps with nothing of its own CTA.
     """
 
-    config = TileConfig(bm=256, bn=256, bk=256, warps=12, stages=4, br=64, group=4)
+    config = TileConfig(bm=256, bn=256, bk=256, warps=12, stages=4, br=64, group=8)
     workers = SMS // 2
     STAGE_CLOCKS = 1024  # 128 x 256 x 64 of a CTA at 2048 products a clock
     SKINNY_CLOCKS = 384  # 128 + 64 rows of 128 bytes from L2

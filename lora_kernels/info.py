@@ -47,14 +47,21 @@ def _report() -> Iterator[str]:
         )
         cells = []
         for backend in BACKENDS:
-            reason = backend.why_not(problem) or backend.unproven(problem)
-            note = None if reason is None else reasons.setdefault(reason, len(reasons) + 1)
-            cells.append("yes" if note is None else f"no [{note}]")
+            reason = backend.why_not(problem)
+            forward, backward = reason, reason
+            if reason is None:
+                forward, backward = (backend.unproven(problem, b) for b in (False, True))
+            notes = dict.fromkeys(r for r in (forward, backward) if r is not None)
+            marks = "".join(f" [{reasons.setdefault(r, len(reasons) + 1)}]" for r in notes)
+            only = "backward only" if forward else "forward only"
+            word = "no" if forward and backward else only if notes else "yes"
+            cells.append(word + marks)
         rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])
     yield from _table(rows)
     yield from (f"[{note}] {reason}" for reason, note in reasons.items())
-    yield ""
-    yield from choose.trust(BACKENDS, device.type)
+    if device.type in choose.KEPT_FOR:
+        yield ""
+        yield from choose.trust(BACKENDS, device.type)
 
 
 def _table(rows: list[list[str]]) -> Iterator[str]:

@@ -136,21 +136,33 @@ def run_backend(backend: Backend, case: Case, inputs: Inputs) -> Results:
     return Results(y, p, *backend.backward(inputs.backward(case, p)))
 
 
+def is_large(case: Case) -> bool:
+    """Return whether a CPU would take minutes to draw a case and to multiply it in float64."""
+    return case.m * case.n * case.k >= 2**30
+
+
 def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
     """Draw normal operands scaled so that the frozen and the low-rank path weigh the same in y.
 
     x[M,K] weight[N,K] bias[N] dy[M,N] have `case.dtype`, lora_a[R,K] lora_b[N,R] the adapters'.
-    The same seed gives the same values on every device.
+    The same seed gives the same values on every device, but for large cases, which are drawn where
+    they are used.
     """
-    generator = torch.Generator().manual_seed(seed)
     m, n, k, r = case.m, case.n, case.k, case.r
+    place = device if is_large(case) else "cpu"
+    generator = torch.Generator(place).manual_seed(seed)
+    drawn: dict[str, Any] = {
+        "generator": generator,
+        "device": place,
+        "dtype": fp32 if is_large(case) else fp64,
+    }
     adapter_dtype = case.adapter_dtype or case.dtype
 
     def draw(rows: int, columns: int, dtype: torch.dtype, scale: float) -> Tensor:
         if not case.strided:
-            values = torch.randn(rows, columns, generator=generator, dtype=fp64) * scale
+            values = torch.randn(rows, columns, **drawn) * scale
             return values.to(device, dtype)
-        values = torch.randn(columns + 3, rows, generator=generator, dtype=fp64) * scale
+        values = torch.randn(columns + 3, rows, **drawn) * scale
         return values.to(device, dtype)[1:-2].t()
 
     wide, tall = max(k, 1) ** -0.5, max(r, 1) ** -0.5
@@ -251,9 +263,8 @@ def check_backend(
     with poisoned_memory():
         results = run_backend(backend, case, inputs)
 
-    # A float64 product of a large case would take a CPU minutes.
-    large = case.m * case.n * case.k >= 2**30
-    reference64 = expected(case, pristine if large else change(make_inputs(case)), fp64)
+    exact = pristine if is_large(case) else change(make_inputs(case))
+    reference64 = expected(case, exact, fp64)
     eager = expected(case, pristine, case.dtype)
     for name, given, kept in zip(Inputs._fields, inputs, pristine, strict=True):
         if given is not None and kept is not None:
@@ -265,8 +276,8 @@ def check_backend(
             continue
         assert got is not None, f"{name} is missing in {case}"
         assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
-        exact = reference64[name].cpu()
-        worst = max(worst, assert_accurate(f"{name} of {case}", got, exact, eager[name]))
+        right = reference64[name].cpu()
+        worst = max(worst, assert_accurate(f"{name} of {case}", got, right, eager[name]))
     return worst
 
 

@@ -67,6 +67,12 @@ def out_of_memory(call: Forward, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def cpu_out_of_memory(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    if call.x.shape[0] == 200:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+    return y
+
+
 def slow(call: Forward, y: torch.Tensor) -> torch.Tensor:
     time.sleep(2e-3)
     return y
@@ -110,5 +116,10 @@ def remembering() -> Backend:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     names = sys.argv[1].split(",")
-    planted = [remembering() if name == "fast" else backend(name) for name in names]
-    sys.exit(child.main(sys.argv[2:], planted))
+    lingers = "lingering" in names
+    planted = [
+        remembering() if name == "fast" else backend(name) for name in names if name != "lingering"
+    ]
+    status = child.main(sys.argv[2:], planted)
+    time.sleep(600 * lingers)
+    sys.exit(status)

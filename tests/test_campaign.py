@@ -16,6 +16,18 @@ from lora_kernels.qualify import __main__ as qualify
 CPU = torch.device("cpu")
 
 
+def test_a_limit_ends_what_runs_under_a_limit_of_its_own(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    inner = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    outer = "import sys; from bench import process; "
+    outer += f"process.run([sys.executable, '-c', {inner!r}], 100, print)"
+    assert process.run(script(outer), 20, lambda line: None).startswith("hung")
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{note.read_text()}").exists():
+        assert time.monotonic() < deadline, "the inner process lives on"
+        time.sleep(0.1)
+
+
 # --- One process ----------------------------------------------------------------------------------
 
 

@@ -9,12 +9,11 @@ from test_cuda_emulated import CASES, FP32_CASES
 
 from bench.forced import CASES as FORCED
 from bench.gpu import MANY_ITEMS
-from lora_kernels.ops.lora_linear import Problem, cuda, reference
-from lora_kernels.ops.lora_linear.operands import Forward
+from lora_kernels.ops.lora_linear import Problem, cuda
+from lora_kernels.qualify.checks import check_far, far_call
 from lora_kernels.testing import (
     Case,
     Results,
-    assert_accurate,
     bf16,
     check_backend,
     fp16,
@@ -117,11 +116,4 @@ def test_one_kernel_per_direction() -> None:
 
 def test_offsets_beyond_two_to_the_31() -> None:
     case = Case(2**17 + 8, 2**14 + 8, 64, 8, bf16)
-    call = make_inputs(case, "cuda").forward(case)
-    y, _ = cuda.forward(call)
-    assert y.numel() > 2**31
-    last = call._replace(x=call.x[-300:])
-    eager, _ = reference.forward(last)
-    wide = (t.cpu().double() for t in last[:4])
-    exact, _ = reference.forward(Forward(*wide, *last[4:]))
-    assert_accurate("the last rows of y", y[-300:], exact, eager)
+    check_far(cuda.BACKEND, far_call(case, "cuda"))

@@ -473,6 +473,20 @@ def test_one_token_is_left_to_autograd(m: int, options: dict[str, float], name: 
     assert type(_call(inputs, **options).grad_fn).__name__ == name
 
 
+@pytest.mark.parametrize("scaling", [1e4, 1e-8])
+@pytest.mark.parametrize("m", [1, 2])
+def test_few_tokens_have_the_range_of_many(m: int, scaling: float) -> None:
+    loud = 1 / scaling if scaling > 1 else 1e3
+    case = Case(m, 30, 40, 4, fp16, scaling=scaling, magnitudes=(1, 1, 1, loud, 0.1))
+    inputs = _with_grad(make_inputs(case))
+    x, weight, lora_a, lora_b, *_ = inputs
+    y = lora_linear(x, weight, lora_a, lora_b, scaling)
+    got = (y, *torch.autograd.grad(y, (x, lora_a, lora_b), inputs.dy))
+    exact, eager = (expected(case, make_inputs(case), dtype) for dtype in (fp64, fp16))
+    for name, tensor in zip(("y", "dx", "da", "db"), got, strict=True):
+        assert_accurate(name, tensor, exact[name], eager[name])
+
+
 def test_one_token_is_left_to_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     other = reference.BACKEND._replace(name="cuda")
     monkeypatch.setattr(op, "BACKENDS", (other, reference.BACKEND))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_kernels import dispatch, info
+from lora_kernels import info
 from lora_kernels.dispatch import Backend, select
 from lora_kernels.ops.lora_linear import BACKENDS, Problem, reference
 from lora_kernels.qualify import __main__ as command
@@ -48,7 +49,7 @@ def verdicts(names: str, **changes: Any) -> dict[str, Verdict]:
 
 
 def test_right_slow_and_out_of_memory_are_told_apart() -> None:
-    found = verdicts("fast,slow,out_of_memory")
+    found = verdicts("fast,slow,out_of_memory,cpu_out_of_memory")
     assert {verdict.outcome for verdict in found.values()} == {record.RIGHT}
     assert found["fast"].checks > 20
     assert 0 < found["fast"].worst_error <= 1
@@ -56,7 +57,8 @@ def test_right_slow_and_out_of_memory_are_told_apart() -> None:
     assert not any(measured.slower for measured in found["fast"].measured)
     assert next(m for m in found["slow"].measured if not m.backward).slower
     # Too little memory is no verdict: one check fewer, and nothing against the backend.
-    assert found["out_of_memory"].checks == found["slow"].checks - 1
+    for name in ("out_of_memory", "cpu_out_of_memory"):
+        assert found[name].checks == found["slow"].checks - 1
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,12 @@ def test_a_hang_costs_its_limit_and_has_a_name() -> None:
     assert "dropout_p=0.3" in found["hanging"].detail
     assert "no end within 5 s" in found["hanging"].detail
     assert found["fast"].outcome == record.RIGHT
+
+
+def test_a_child_that_never_leaves_costs_no_verdict() -> None:
+    found = verdicts("fast,lingering", limit_s=10.0)["fast"]
+    assert found.outcome == record.RIGHT
+    assert len(found.measured) == 2
 
 
 def test_a_budget_cuts_timings_and_never_checks() -> None:
@@ -142,6 +150,8 @@ def test_the_command_keeps_what_it_found_and_asks_no_second_time(
     [
         (["--model", "nothing"], "--model must be a config.json or one of"),
         (["--model", __file__], "is no decoder's config.json"),
+        (["--backend", "foo"], "--backend must be one of cuda, triton, got 'foo'"),
+        (["--device", "cpu"], "no kernel backend can run here"),
     ],
 )
 def test_a_bad_model_is_one_line(
@@ -362,8 +372,7 @@ def test_auto_obeys_the_record_direction_by_direction(monkeypatch: pytest.Monkey
     monkeypatch.setattr(record, "environment", lambda device_type: dict(HERE))
     assert select(backends, PROBLEM).name == "reference"  # nothing known
     record.save(a_record(measured(), measured(backward=True, time_us=200)))
-    choose.forget()
-    dispatch.forget()
+    choose.forget()  # and with it what was chosen
     assert select(backends, PROBLEM).name == "mine"
     assert select(backends, PROBLEM, backward=True).name == "reference"
     with pytest.warns(UserWarning, match=r"the mine backend is unproven here: 2\.00 x"):
@@ -393,12 +402,23 @@ def test_auto_measures_and_reads_nothing_twice(monkeypatch: pytest.MonkeyPatch) 
     assert asked == ["cpu"]
 
 
-def test_the_kernels_digest_follows_the_sources(tmp_path: Path) -> None:
-    facts = record.environment("cpu")
-    assert facts["kernels"]
-    sources = list(record._kernel_sources())
-    assert {path.name for path in sources} >= {"config.py", "forward_kernel.py", "operands.py"}
-    json.dumps(facts)
+def test_the_kernels_digest_follows_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = record.environment("cpu")
+    json.dumps(before)
+    shutil.copytree(record.PACKAGE, tmp_path / "package")
+    monkeypatch.setattr(record, "PACKAGE", tmp_path / "package")
+    record._digest_of_files.cache_clear()
+    assert record.environment("cpu") == before
+    for name in ("config.py", "operands.py", "triton/forward_kernel.py"):
+        with (tmp_path / "package/ops/lora_linear" / name).open("a") as source:
+            source.write("# changed\n")
+        record._digest_of_files.cache_clear()
+        after = record.environment("cpu")
+        assert after["kernels"] != before["kernels"], name
+        before = after
+    record._digest_of_files.cache_clear()
 
 
 def test_every_kernel_backend_needs_a_proof() -> None:
@@ -445,10 +465,10 @@ class Group:
     """As much of a process group as `choose` asks for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        store = torch.distributed.HashStore()
+        self.store = torch.distributed.HashStore()
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         c10d = torch.distributed.distributed_c10d
-        monkeypatch.setattr(c10d, "_get_default_store", lambda: store)
+        monkeypatch.setattr(c10d, "_get_default_store", lambda: self.store)
 
 
 def test_ranks_use_the_record_of_the_one_that_asked_first(
@@ -468,6 +488,18 @@ def test_ranks_use_the_record_of_the_one_that_asked_first(
     monkeypatch.setattr(record, "environment", lambda device_type: {**HERE, "name": "other"})
     with pytest.raises(RuntimeError, match=r"name is 'other' here.*LORA_KERNELS_RECORD"):
         choose.known("cpu")
+
+
+def test_a_choice_from_before_the_group_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "environment", lambda device_type: dict(HERE))
+    record.save(a_record(measured(), outcome=record.WRONG))
+    other_rank = a_record(measured())
+    backends = (proven("mine"), reference.BACKEND)
+    assert select(backends, PROBLEM).name == "reference"
+    group = Group(monkeypatch)
+    group.store.compare_set("lora_kernels/record", "", other_rank.to_json())
+    assert select(backends, PROBLEM._replace(m=1025)).name == "mine"
+    assert select(backends, PROBLEM).name == "mine"
 
 
 def test_ranks_agree_on_having_none(monkeypatch: pytest.MonkeyPatch) -> None:

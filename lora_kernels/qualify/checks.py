@@ -35,7 +35,7 @@ class Options(NamedTuple):
     dropouts: tuple[float, ...]
     device: str
     backends: tuple[str, ...] | None = None
-    seconds: float = 0.2  # of timing for one direction of one size
+    seconds: float = 0.1  # of timing for one direction of one size
     limit_s: float = 60.0  # of a step without progress; the first of a kind compiles
 
 
@@ -62,10 +62,12 @@ def steps(options: Options, backends: Sequence[Backend]) -> list[Step]:
         for listed in (_numbers, _company)
         for name, run in listed(options, backend, device)
     ]
+    # In turns, so that a budget that ends leaves no backend behind.
     speed = [
         Step(backend.name, name, options.limit_s, run)
+        for case in cases(options)
         for backend in tried
-        for name, run in _speed(options, backend, device)
+        for name, run in _speed(options, backend, case, device)
     ]
     return numbers + speed
 
@@ -104,13 +106,22 @@ def _numbers(options: Options, backend: Backend, device: torch.device) -> Iterat
         for value in (float("nan"), float("inf")):
             name = f"{value} in x and dy: {case}"
             yield name, partial(_non_finite, backend, case, device, value)
-    spanned = (case._replace(m=min(case.m, NUMERIC_TOKENS)) for case in cases(options))
-    for case in dict.fromkeys(spanned):
+    for case in _spanned(options):
         if takes(backend, case, device):
             yield f"numbers: {case}", partial(_error, backend, case, device)
     far = Case(2**17 + 8, 2**14 + 8, 64, 8, torch.bfloat16)
     if device.type == "cuda" and takes(backend, far, device):
         yield "offsets past 2^31", partial(_far, backend, far, device)
+
+
+def _spanned(options: Options) -> Iterator[Case]:
+    """Yield what the options span, but for M: every (N, K) with many tokens, one with each M."""
+    shape = options.shapes[0]
+    many = min(max(options.tokens), NUMERIC_TOKENS)
+    cut = (case._replace(m=min(case.m, many)) for case in cases(options))
+    for case in dict.fromkeys(cut):
+        if case.m == many or (case.n, case.k) == shape:
+            yield case
 
 
 def _company_cases(options: Options, backend: Backend, device: torch.device) -> Iterator[Case]:
@@ -135,12 +146,13 @@ def _company(options: Options, backend: Backend, device: torch.device) -> Iterat
             yield f"bit for bit {name}: {case}", partial(run, backend, case, device)
 
 
-def _speed(options: Options, backend: Backend, device: torch.device) -> Iterator[_Found]:
-    for case in cases(options):
-        if takes(backend, case, device):
-            for backward, direction in enumerate(("forward", "backward")):
-                run = partial(_measure, backend, case, bool(backward), device, options.seconds)
-                yield f"{SPEED} {direction}: {case}", run
+def _speed(
+    options: Options, backend: Backend, case: Case, device: torch.device
+) -> Iterator[_Found]:
+    if takes(backend, case, device):
+        for backward, direction in enumerate(("forward", "backward")):
+            run = partial(_measure, backend, case, bool(backward), device, options.seconds)
+            yield f"{SPEED} {direction}: {case}", run
 
 
 def _error(
@@ -179,8 +191,19 @@ def _half_zero(inputs: Inputs) -> Inputs:
     return inputs
 
 
+def far_call(case: Case, device: torch.device | str) -> Forward:
+    """Return a forward call so large that its dy would take the time and memory of the check."""
+    tall = testing.make_inputs(case._replace(n=8), device).forward(case)
+    wide = testing.make_inputs(case._replace(m=8), device)
+    return tall._replace(weight=wide.weight, lora_b=wide.lora_b)
+
+
 def _far(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
-    call = testing.make_inputs(case, device).forward(case)
+    return {"error": check_far(backend, far_call(case, device))}
+
+
+def check_far(backend: Backend, call: Forward) -> float:
+    """Assert that the last rows of a y with more than 2³¹ elements are right; return the error."""
     y, _ = backend.forward(call)
     assert y.numel() > 2**31
     last = call._replace(x=call.x[-300:])
@@ -188,7 +211,7 @@ def _far(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
     wide = (t.double() for t in (x, weight, lora_a, lora_b))
     exact, _ = reference.forward(Forward(*wide, *others))  # type: ignore[call-arg, arg-type]
     eager, _ = reference.forward(last)
-    return {"error": testing.assert_accurate("the last rows of y", y[-300:], exact.cpu(), eager)}
+    return testing.assert_accurate("the last rows of y", y[-300:], exact.cpu(), eager)
 
 
 # --- Bit for bit: alone, in company, replayed -----------------------------------------------------

@@ -59,12 +59,22 @@ def attempt(step: Step) -> tuple[str, str, dict[str, Any]]:
         return record.RIGHT, "", step.run()
     except AssertionError as error:
         return record.WRONG, _line(error), {}
-    except torch.OutOfMemoryError as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return record.MEMORY, _line(error), {}
     except Exception as error:
+        if _is_out_of_memory(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return record.MEMORY, _line(error), {}
         return record.CRASHED, f"{type(error).__name__}: {_line(error)}", {}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was short: by its type, or by what allocators and cuBLAS say."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(
+        words in text for words in ("out of memory", "can't allocate memory", "alloc_failed")
+    )
 
 
 def _line(error: BaseException) -> str:

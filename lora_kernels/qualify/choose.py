@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_kernels import dispatch
 from lora_kernels.qualify import record
 from lora_kernels.qualify.record import Measured, Record
 
@@ -53,6 +54,7 @@ def forget() -> None:
     global _agreed
     _records.clear()
     _agreed = False
+    dispatch.forget()
 
 
 def judge(found: Record, backend: str, problem: Any, backward: bool) -> str | None:
@@ -149,6 +151,7 @@ def _agree(device_type: str) -> None:
     said = store.compare_set("lora_kernels/record", "", text).decode()
     if said != text:
         _records[device_type] = _adopt(said, record.environment(device_type))
+        dispatch.forget()  # what was chosen before there was a group
     _agreed = True
 
 
@@ -157,7 +160,7 @@ def _adopt(text: str, here: Mapping[str, Any]) -> Record | str:
     if text == _NONE:
         return f"another rank has no record for its GPU: {COMMAND}"
     theirs = record.from_json(text)
-    for key in ("kernels", "extension", "name", "torch", "triton"):
+    for key in ("kernels", "name", "arch"):  # as of a pinned record
         if theirs.environment.get(key) != here.get(key):
             raise RuntimeError(
                 f"lora_kernels: the ranks must choose alike, but {key} is {here.get(key)!r} here "

@@ -6,6 +6,7 @@ child goes on with the rest.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -38,12 +39,16 @@ class _Run:
     steps: list[tuple[str, str, float]] = field(default_factory=list)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     next: int = 0
+    timing_since: float | None = None  # on the monotonic clock
 
     def settle(self, i: int, outcome: str, detail: str, found: Mapping[str, Any]) -> None:
         """Add the outcome of step `i` to its backend's verdict."""
         backend, name, _ = self.steps[i]
         verdict = self.verdicts[backend]
         self.next = i + 1
+        if outcome in (record.RIGHT, record.MEMORY) and name.startswith(SPEED):
+            verdict = replace(verdict, timed=(*verdict.timed, name))
+            self.verdicts[backend] = verdict
         if outcome == record.RIGHT:
             measured = verdict.measured
             if "measured" in found:
@@ -84,13 +89,13 @@ def qualify(
     progress: Progress | None = None,
     child: Sequence[str] = CHILD,
 ) -> Record:
-    """Try every backend and return the record; numbers are never cut short by the budget.
+    """Try every backend and return the record; the budget is for timing, once all checks are done.
 
     Raises:
         RuntimeError: no child could list its steps; the message ends with what it printed.
     """
-    run, deadline = _Run(), time.monotonic() + budget_s
-    while _one_child(run, options, deadline, progress or _no_progress, child):
+    run = _Run()
+    while _one_child(run, options, budget_s, progress or _no_progress, child):
         pass
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Record(run.environment, run.verdicts, created)
@@ -101,7 +106,7 @@ def _no_progress(done: int, total: int, name: str) -> None:
 
 
 def _one_child(
-    run: _Run, options: Options, deadline: float, progress: Progress, child: Sequence[str]
+    run: _Run, options: Options, budget_s: float, progress: Progress, child: Sequence[str]
 ) -> bool:
     """Let a child run the steps from `run.next` on; return whether another is needed."""
     reading, writing = os.pipe()
@@ -109,6 +114,7 @@ def _one_child(
         process = subprocess.Popen(
             [*child, json.dumps(options._asdict()), str(run.next), str(writing), *run.left_out],
             pass_fds=(writing,), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         os.close(writing)
         current, started_at, pipe = None, run.next, _Pipe(reading, START_S)
@@ -122,8 +128,10 @@ def _one_child(
                     current = said["begin"]
                     backend, name, pipe.limit_s = run.steps[current]
                     progress(current, len(run.steps), f"{backend} {name}")
-                    if time.monotonic() > deadline and name.startswith(SPEED):
-                        return False
+                    if name.startswith(SPEED):
+                        run.timing_since = run.timing_since or time.monotonic()
+                        if time.monotonic() - run.timing_since > budget_s:
+                            return False
                 else:
                     run.settle(said["end"], said["outcome"], said["detail"], said)
                     current = None
@@ -132,11 +140,16 @@ def _one_child(
                 said = {}
             if not run.environment:
                 raise RuntimeError(f"nothing can be tried: {_last(output)}")
+            if said is None and current is None:  # between steps, or after the last
+                return started_at < run.next < len(run.steps)
             if said is None:
-                hung = run.next if current is None else current
-                run.settle(hung, record.HUNG, f"no end within {pipe.limit_s:.0f} s", {})
+                assert current is not None
+                run.settle(current, record.HUNG, f"no end within {pipe.limit_s:.0f} s", {})
             elif current is not None:
-                run.settle(current, record.CRASHED, _ending(process, output), {})
+                # A SIGKILL that nobody here sent is the kernel's, out of memory.
+                killed = process.returncode == -signal.SIGKILL
+                outcome = record.MEMORY if killed else record.CRASHED
+                run.settle(current, outcome, _ending(process, output), {})
             elif process.returncode == 0:
                 return False
             elif run.next == started_at:
@@ -145,6 +158,12 @@ def _one_child(
         finally:
             os.close(reading)
             _end(process)
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when the one that started it is; a group of its own hides it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _begin(run: _Run, said: Mapping[str, Any]) -> None:

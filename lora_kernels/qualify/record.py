@@ -72,7 +72,8 @@ class Verdict:
     """What became of a backend: the outcome of its checks, and what it took on each size.
 
     `outcome` is RIGHT if every check passed, else the first that did not decides; `detail` says
-    which. `worst_error` is the largest error over its tolerance.
+    which. `worst_error` is the largest error over its tolerance. `timed` names the timings that
+    were tried, too little memory included.
     """
 
     outcome: str
@@ -80,6 +81,7 @@ class Verdict:
     checks: int = 0
     worst_error: float = 0.0
     measured: tuple[Measured, ...] = ()
+    timed: tuple[str, ...] = ()
 
 
 def summary(verdict: Verdict) -> str:
@@ -127,7 +129,9 @@ def from_json(text: str) -> Record:
         backends = {}
         for name, entry in body["backends"].items():
             measured = tuple(_typed(Measured, fields) for fields in entry.pop("measured"))
-            backends[name] = dataclasses.replace(_typed(Verdict, entry), measured=measured)
+            timed = tuple(map(str, entry.pop("timed")))
+            verdict = _typed(Verdict, entry)
+            backends[name] = dataclasses.replace(verdict, measured=measured, timed=timed)
         return Record(environment, backends, str(body["created"]))
     except Unreadable:
         raise

@@ -73,6 +73,8 @@ def lora_linear(
                 dropout_p=dropout_p, seed=seed, backend=backend, rebuild=rebuild,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
+    if rebuild is not None and not callable(rebuild):
+        raise TypeError(f"lora_linear: rebuild must be callable, got {type(rebuild).__name__}")
     scaling, dropout_p = float(scaling), float(dropout_p)
     drawn = None
     if dropout_p > 0:
@@ -191,6 +193,8 @@ def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
     """
     x, weight, lora_a, lora_b, _, seed, *_ = call
     if seed is not None or lora_a.dtype != x.dtype or _is_traced(x, weight, lora_a, lora_b):
+        return False
+    if x.dtype == torch.float16:  # autograd scales 16-bit gradients by s on its own
         return False
     problem = call.problem()
     return all(

@@ -65,7 +65,8 @@ struct Queue {
 
 // One side's view of both queues.
 struct Pipeline {
-  int ctas;  // of the cluster
+  int ctas;       // of the cluster
+  bool rewrites;  // whether consumers write into stages that another CTA's loads will overwrite
   int rank = ptx::cluster_rank();
   uint32_t base = shared_base();
   Queue<kStages> stages{base + kBarrierOffset};
@@ -75,7 +76,7 @@ struct Pipeline {
   LORA_DEVICE uint32_t right() const { return left() + kPanelsA * kPanelBytes; }
   LORA_DEVICE uint32_t ticket_address() const { return base + kTicketOffset + 4 * tickets.slot; }
 
-  LORA_DEVICE explicit Pipeline(int ctas) : ctas(ctas) {}
+  LORA_DEVICE Pipeline(int ctas, bool rewrites) : ctas(ctas), rewrites(rewrites) {}
 
   // By one thread, before the cluster synchronises.
   LORA_DEVICE void init() const {
@@ -91,10 +92,27 @@ struct Pipeline {
     ptx::fence_barrier_init();
   }
 
-  // Leaves a stage, given its empty barrier: each consumer warp arrives at every CTA.
+  // By the producer: the next stage may be loaded into, everywhere in the cluster.
+  LORA_DEVICE void await_empty() const {
+    if (rewrites) {
+      ptx::barrier_wait_cluster(stages.empty(), stages.parity ^ 1);
+    } else {
+      stages.await_empty();
+    }
+  }
+
+  // Leaves a stage, given its empty barrier: each consumer warp arrives at every CTA. Reads alone
+  // need no release to the cluster, which is a MEMBAR.ALL.GPU; writes of this CTA's do, as the
+  // other's multicast comes next.
+  template <bool kRewrote>
   LORA_DEVICE void release(uint32_t empty_barrier) const {
     const int lane = ptx::thread_index() % 32;
-    if (lane < ctas) ptx::barrier_arrive(ptx::in_cta(empty_barrier, lane));
+    if (lane >= ctas) return;
+    if constexpr (kRewrote) {
+      ptx::barrier_arrive_cluster(ptx::in_cta(empty_barrier, lane));
+    } else {
+      ptx::barrier_arrive(ptx::in_cta(empty_barrier, lane));
+    }
   }
 
   // By the producer of the first CTA.

@@ -165,7 +165,7 @@ LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pi
 template <class Element, class Adapter>
 LORA_KERNEL(kThreads)
 lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
-  run_items(
+  run_items<Adapter>(
       f.ctas, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {

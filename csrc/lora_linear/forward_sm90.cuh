@@ -104,7 +104,7 @@ LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store
 template <class Element, class Adapter>
 LORA_KERNEL(kThreads)
 lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
-  run_items(
+  run_items<Adapter>(
       f.ctas, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {

@@ -51,7 +51,7 @@ LORA_DEVICE void load(Pipeline& pipeline, const Operand& a, const Operand& b, in
                 BoxesB::kBytes <= kPanelsB * kPanelBytes);
 #pragma unroll 1
   for (int k = 0; k < depth; k += kDepth<Left>) {
-    pipeline.stages.await_empty();
+    pipeline.await_empty();
     ptx::barrier_arrive_expecting(pipeline.stages.full(), BoxesA::kBytes + BoxesB::kBytes);
 #pragma unroll
     for (int i = 0; i < BoxesA::kCount; ++i) {
@@ -121,6 +121,7 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
   using Multiply = ptx::Wgmma<Element, kN, kMajorA == Major::kMn, kMajorB == Major::kMn>;
   constexpr bool kRounded = std::is_same_v<Left, float>;
   constexpr bool kSplit = !kRounded && std::is_same_v<Right, float>;
+  constexpr bool kRewrites = kRounded || kSplit;
   const auto await = [&] {
     pipeline.stages.await_full();
     if constexpr (Mask::kActive) mask.apply(pipeline.left() + consumer() * kPanelBytes);
@@ -144,12 +145,12 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
     for (int i = 0; i < kDepth<Left> / kWgmmaK; ++i) slice(i);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    if (previous != 0) pipeline.release(previous);
+    if (previous != 0) pipeline.release<kRewrites>(previous);
     previous = pipeline.stages.empty();
     pipeline.stages.advance();
   }
   ptx::wgmma_wait<0>();
-  if (previous != 0) pipeline.release(previous);
+  if (previous != 0) pipeline.release<kRewrites>(previous);
   if (last_slices != 0) {
     await();
 #pragma unroll 1
@@ -159,7 +160,7 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();  // a loop of unknown length must not carry one in flight
     }
-    pipeline.release(pipeline.stages.empty());
+    pipeline.release<kRewrites>(pipeline.stages.empty());
     pipeline.stages.advance();
   }
   ptx::pin(acc);
@@ -203,10 +204,10 @@ LORA_DEVICE Dropout with_seed(Dropout dropout) {
 
 // Runs `produce(pipeline, ticket)` in one thread and `consume(pipeline, store, ticket)` in the
 // consumer warpgroups for each ticket below `end`. The last CTA to finish zeroes the workspace.
-template <class Produce, class Consume>
+template <class Adapter, class Produce, class Consume>
 LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t end,
                            const Produce& produce, const Consume& consume) {
-  Pipeline pipeline(ctas);
+  Pipeline pipeline(ctas, std::is_same_v<Adapter, float>);
   if (ptx::thread_index() == 0) pipeline.init();
   ptx::warp_sync();
   ptx::cluster_sync();

@@ -1,0 +1,82 @@
+"""Compile the machine's core with the system's C++ compiler, once for each state of its sources."""
+
+import fcntl
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+CORE = Path(__file__).parent / "core"
+BUILD = Path(__file__).parents[2] / "build"
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler, or None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+
+
+@functools.cache
+def core() -> ModuleType:
+    """Return the compiled module, `_machine`."""
+    flags = (*FLAGS, *_vector_flags())
+    digest = hashlib.sha256(f"{sys.version} {flags}".encode())
+    for path in sorted(CORE.iterdir()):
+        digest.update(path.read_bytes())
+    folder = BUILD / f"ptx_machine-{digest.hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"_machine{SUFFIX}"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(folder, library, flags)
+    loader = importlib.machinery.ExtensionFileLoader("_machine", str(library))
+    spec = importlib.util.spec_from_loader("_machine", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _vector_flags() -> tuple[str, ...]:
+    """32 lanes are four vectors of AVX2, which every x86 server since 2013 has."""
+    try:
+        has_avx2 = " avx2 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        has_avx2 = False
+    return ("-mavx2", "-mfma") if has_avx2 else ()
+
+
+def _compile(folder: Path, library: Path, flags: tuple[str, ...]) -> None:
+    cxx = compiler()
+    assert cxx is not None
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+    def compile_one(source: Path) -> str:
+        made = folder / f"{source.stem}.o"
+        _run([cxx, *flags, *includes, "-c", str(source), "-o", str(made)])
+        return str(made)
+
+    # The longest first.
+    sources = sorted(CORE.glob("*.cpp"), key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    partial = library.with_suffix(".partial")
+    _run([cxx, "-shared", *objects, "-o", str(partial)])
+    partial.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout

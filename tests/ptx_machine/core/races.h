@@ -1,0 +1,66 @@
+// The happens-before race detector: for every 16 bytes of memory, the accesses that count still.
+#pragma once
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "clocks.h"
+
+namespace ptx {
+
+enum class Strength : u8 { kWeak, kStrong, kAtomic };
+
+struct Access {
+  u32 agent;
+  u32 time;
+  u32 pc;
+  bool write;
+  bool async = false;  // by the async proxy
+  Strength strength = Strength::kWeak;
+  bool rewrites = false;  // a write of the value that is there already
+};
+
+struct Record {
+  u32 time;
+  u32 pc;
+  u16 agent;
+  u16 bytes;  // one bit each
+  bool write;
+  Strength strength;
+};
+
+using Cell = std::vector<Record>;
+constexpr u64 kCell = 16;
+
+class Races {
+ public:
+  explicit Races(u32 warp_agents, u32 warps_per_cta)
+      : warp_agents_(warp_agents), warps_per_cta_(warps_per_cta) {}
+
+  // Checks an access to `count` bytes at `at` of the memory that `cells` shadow, by one who knows
+  // `known`, and remembers it.
+  void touch(std::vector<Cell>& cells, u64 at, u64 count, Space space, const Access& access,
+             const Knowledge& known);
+
+  bool is_barrier(u32 agent) const { return agent >= warp_agents_; }
+  bool enabled = true;
+  std::vector<int> lines;       // of each instruction
+  std::set<std::string> found;  // what went wrong, in words
+
+ private:
+  void touch(Cell& cell, u16 bytes, Space space, const Access& access, const Knowledge& known);
+  // What is wrong with the pair, or null.
+  const char* clash(const Record& record, const Access& access, Space space,
+                    const Knowledge& known) const;
+  std::string describe(u32 agent, bool write, u32 pc) const;
+  u32 warp(u32 agent) const { return agent / kKinds; }
+  bool is_generic(u32 agent) const {
+    return !is_barrier(agent) && (agent % kKinds == kRead || agent % kKinds == kWrite);
+  }
+  bool is_async(u32 agent) const { return is_barrier(agent) || agent % kKinds >= kProduct; }
+
+  u32 warp_agents_, warps_per_cta_;
+};
+
+}  // namespace ptx

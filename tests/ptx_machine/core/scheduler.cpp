@@ -1,0 +1,439 @@
+// Who moves next: a seed decides, within what the ISA leaves open.
+#include <sstream>
+
+#include "machine.h"
+
+namespace ptx {
+
+Machine::Machine(const Program& program, const Launch& launch, std::vector<Allocation> memory,
+                 std::vector<u8> parameters)
+    : program(program),
+      launch(launch),
+      counts(program.code.size()),
+      races(launch.grid[0] * launch.grid[1] * launch.grid[2] * ((launch.threads + 31) / 32) * kKinds,
+            (launch.threads + 31) / 32),
+      memory_(std::move(memory)),
+      parameter_bytes_(parameters.size() + 128),
+      generator_(launch.seed) {
+  parameters_ = parameter_bytes_.data() + (-reinterpret_cast<u64>(parameter_bytes_.data()) & 127);
+  std::copy(parameters.begin(), parameters.end(), parameters_);
+  for (const Instruction& instruction : program.code) races.lines.push_back(instruction.line);
+  races.enabled = launch.races;
+  for (Allocation& a : memory_) {
+    if (a.writable) a.cells.resize(a.bytes / kCell + 2);
+  }
+  const u32 ctas = launch.grid[0] * launch.grid[1] * launch.grid[2];
+  if (launch.cluster == 0 || ctas % launch.cluster != 0) throw Failure("the grid is no multiple of the cluster");
+  clusters_total_ = ctas / launch.cluster;
+  agents_ = ctas * ((launch.threads + 31) / 32) * kKinds;
+  static constexpr u32 kQuanta[] = {1, 6, 40};
+  quantum_ = kQuanta[random(3)];
+  laziness_ = random(3);
+}
+
+void Machine::fail(const Warp& warp, const std::string& what) const {
+  throw Failure(what + "; " + describe(warp));
+}
+
+void Machine::report(const Warp& warp, const std::string& what) {
+  races.found.insert(what + " at line " + std::to_string(races.lines[warp.pc()]));
+}
+
+std::string Machine::describe(const Warp& warp) const {
+  std::ostringstream text;
+  text << "CTA " << warp.cta->id << " warp " << warp.index << ":";
+  for (const Fragment& fragment : warp.fragments) {
+    const Instruction& at = program.code[fragment.pc];
+    text << " line " << at.line << " (" << program.opcodes[at.opcode] << ")";
+    if (fragment.lanes != kAll) text << " lanes " << std::hex << fragment.lanes << std::dec;
+  }
+  if (!warp.waits_for.empty()) text << " waits for " << warp.waits_for;
+  return text.str();
+}
+
+void Machine::dead_end() {
+  std::string text = "nothing moves any more";
+  for (const auto& cluster : clusters_) {
+    for (const auto& cta : cluster->ctas) {
+      for (const Warp& warp : cta->warps) {
+        if (warp.state != Warp::kGone) text += "\n  " + describe(warp);
+      }
+    }
+  }
+  throw Failure(text);
+}
+
+void Machine::tick(Warp& warp) {
+  ++warp.time;
+  warp.known.happened.raise(warp.agent(kRead), warp.time);
+  warp.known.happened.raise(warp.agent(kWrite), warp.time);
+}
+
+u32 Machine::new_agent() {
+  if (agents_ >= 0xFFFF) throw Failure("too many agents for the race detector");
+  return agents_++;
+}
+
+// --- Sleeping and waking --------------------------------------------------------------------------
+
+void Machine::sleep(Warp& warp, std::vector<Warp*>& list, std::string waits_for) {
+  warp.yields = true;
+  warp.waits_for = std::move(waits_for);
+  for (size_t i = 0; i < warp.fragments.size(); ++i) {
+    if (i != warp.current && !warp.fragments[i].parked) return;  // other lanes can go on
+  }
+  warp.state = Warp::kAsleep;
+  list.push_back(&warp);
+}
+
+void Machine::wake(std::vector<Warp*>& list) {
+  for (Warp* warp : list) {
+    if (warp->state != Warp::kAsleep && warp->state != Warp::kAtBarrier) continue;
+    warp->state = Warp::kReady;
+    ready_.push_back(warp);
+  }
+  list.clear();
+}
+
+void Machine::news() {
+  ++news_;
+  progress();
+  wake(pollers_);
+}
+
+void Machine::poll(Warp& warp, u64 address, u64 value) {
+  auto& last = warp.poll;
+  if (last.pc == warp.pc() && last.address == address && last.value == value && last.news == news_) {
+    sleep(warp, pollers_, "another value than " + std::to_string(value) + " in global memory");
+  }
+  last = {warp.pc(), address, value, news_};
+}
+
+void Machine::later(std::function<void()> land) {
+  static constexpr u32 kFarthest[] = {50, 3000, 1u << 30};  // the last: when nothing else moves
+  const u32 farthest = random(4) == 0 ? kFarthest[laziness_] : 20 + kFarthest[laziness_] / 100;
+  flights_.push_back({now_ + random(farthest), std::move(land)});
+}
+
+// --- Running ---------------------------------------------------------------------------------------
+
+void Machine::run() {
+  while (active_ > 0 || clusters_.size() < clusters_total_) {
+    ++now_;
+    if (clusters_.size() < clusters_total_ && active_ < launch.resident &&
+        (active_ == 0 || random(200) == 0)) {
+      start_cluster();
+    }
+    if (random(4) == 0) engines();
+    if (ready_.empty()) {
+      if (!move_something()) dead_end();
+      continue;
+    }
+    const u32 chosen = random(static_cast<u32>(ready_.size()));
+    Warp& warp = *ready_[chosen];
+    if (warp.state == Warp::kReady) slice(warp);
+    if (warp.state != Warp::kReady) {
+      ready_[chosen] = ready_.back();
+      // What woke up in the slice stands behind it.
+      ready_.pop_back();
+    }
+    if (instructions - last_progress_ > 3'000'000) dead_end();
+  }
+  if (!flights_.empty()) throw Failure("a TMA load is on its way to a CTA that has left");
+}
+
+void Machine::engines() {
+  if (!flights_.empty()) {
+    const u32 i = random(static_cast<u32>(flights_.size()));
+    if (flights_[i].due <= now_) {
+      const auto land = std::move(flights_[i].land);
+      flights_[i] = std::move(flights_.back());
+      flights_.pop_back();
+      land();
+    }
+  }
+  if (ready_.empty() || laziness_ == 2) return;
+  Warp& warp = *ready_[random(static_cast<u32>(ready_.size()))];
+  if (warp.state == Warp::kGone) return;
+  if (!warp.copies.empty() && random(2)) {
+    const u32 i = random(static_cast<u32>(warp.copies.size()));
+    run_copy(warp, warp.copies[i]);
+    warp.copies.erase(warp.copies.begin() + i);
+  }
+  if (!warp.stores.empty()) {
+    BulkStore& store = warp.stores[random(static_cast<u32>(warp.stores.size()))];
+    advance(warp, store, store.read);
+  }
+  if (random(8) == 0) commit_some(*warp.cta);
+}
+
+// Nobody is ready: the slowest parts of the machine move now. Returns whether one did.
+bool Machine::move_something() {
+  if (!flights_.empty()) {
+    const u32 i = random(static_cast<u32>(flights_.size()));
+    const auto land = std::move(flights_[i].land);
+    flights_[i] = std::move(flights_.back());
+    flights_.pop_back();
+    land();
+    return true;
+  }
+  if (clusters_.size() < clusters_total_ && active_ < launch.resident) {
+    start_cluster();
+    return true;
+  }
+  bool moved = false;
+  for (const auto& cluster : clusters_) {
+    for (const auto& cta : cluster->ctas) {
+      for (Warp& warp : cta->warps) {
+        for (BulkStore& store : warp.stores) {
+          moved |= !store.read || !store.pieces.empty();
+          advance(warp, store, true);
+        }
+      }
+      moved |= !cta->pending.empty();
+      if (!cta->pending.empty()) commit_some(*cta);
+    }
+  }
+  if (moved) return true;
+  if (last_rouse_ == last_progress_) return false;  // all were woken and nothing came of it
+  last_rouse_ = last_progress_;
+  for (const auto& cluster : clusters_) {
+    for (const auto& cta : cluster->ctas) {
+      for (Warp& warp : cta->warps) {
+        if (warp.state != Warp::kAsleep) continue;
+        warp.state = Warp::kReady;
+        ready_.push_back(&warp);
+      }
+    }
+  }
+  return !ready_.empty();
+}
+
+void Machine::slice(Warp& warp) {
+  warp.yields = false;
+  for (u32 budget = 1 + random(quantum_); budget > 0;) {
+    choose_fragment(warp);
+    const Flow flow = program.code[warp.pc()].flow;
+    step(warp);
+    if (warp.alive == 0) {
+      finish(warp);
+      return;
+    }
+    if (warp.state != Warp::kReady || warp.yields) return;
+    if (flow == Flow::kSwitch || flow == Flow::kBranch) --budget;
+  }
+}
+
+void Machine::choose_fragment(Warp& warp) {
+  if (warp.fragments.size() == 1) {
+    warp.current = 0;
+    return;
+  }
+  std::vector<size_t> free;
+  for (size_t i = 0; i < warp.fragments.size(); ++i) {
+    if (!warp.fragments[i].parked) free.push_back(i);
+  }
+  if (free.empty()) fail(warp, "the lanes of a warp never come together");
+  warp.current = free[random(static_cast<u32>(free.size()))];
+  if (random(16) == 0) return;
+  for (const size_t i : free) {
+    if (warp.fragments[i].pc < warp.fragments[warp.current].pc) warp.current = i;
+  }
+}
+
+// Whether all lanes that an instruction wants are here; else this fragment waits for them.
+bool Machine::gather(Warp& warp, const Instruction& instruction) {
+  Fragment& here = warp.fragments[warp.current];
+  Mask wanted = warp.alive;
+  if (instruction.some) {
+    wanted &= static_cast<Mask>(warp.value(instruction.in.back(), __builtin_ctz(here.lanes)));
+  }
+  if ((here.lanes & wanted) == wanted) return true;
+  here.parked = true;
+  return false;
+}
+
+void Machine::merge(Warp& warp) {
+  for (size_t i = 0; i < warp.fragments.size(); ++i) {
+    for (size_t j = warp.fragments.size(); --j > i;) {
+      if (warp.fragments[i].pc != warp.fragments[j].pc) continue;
+      warp.fragments[i].lanes |= warp.fragments[j].lanes;
+      warp.fragments[i].parked = false;
+      warp.fragments.erase(warp.fragments.begin() + static_cast<long>(j));
+    }
+  }
+}
+
+void Machine::branch(Warp& warp, const Instruction& instruction, Mask taken) {
+  Fragment& here = warp.fragments[warp.current];
+  const u32 target = static_cast<u32>(instruction.number[0]);
+  const Mask rest = here.lanes & ~taken;
+  if (taken == 0) {
+    ++here.pc;
+  } else if (rest == 0) {
+    here.pc = target;
+  } else {
+    const u32 next = here.pc + 1;
+    here = {target, taken};
+    warp.fragments.push_back({next, rest});
+  }
+}
+
+void Machine::step(Warp& warp) {
+  const u32 pc = warp.pc();
+  const Instruction& instruction = program.code[pc];
+  const Mask here = warp.fragments[warp.current].lanes;
+  Mask lanes = here;
+  if (instruction.guard >= 0) {
+    const Mask guard = *reinterpret_cast<const Mask*>(&warp.file[static_cast<size_t>(instruction.guard)]);
+    lanes &= instruction.negated ? ~guard : guard;
+  }
+  if (instruction.gathers && lanes != 0 && !gather(warp, instruction)) return;
+  ++instructions;
+  Counts& count = counts[pc];
+  ++count.executed;
+  count.lanes += static_cast<u64>(__builtin_popcount(lanes));
+  if (!warp.in_flight.empty()) {
+    for (const auto* slots : {&instruction.in, &instruction.out}) {
+      for (const Slot slot : *slots) {
+        if (warp.products.empty() || instruction.run == warp.products.front().instruction->run) break;
+        if (std::binary_search(warp.in_flight.begin(), warp.in_flight.end(), slot.at)) {
+          report(warp, "register of a product on its way is touched");
+        }
+      }
+    }
+  }
+  switch (instruction.flow) {
+    case Flow::kBranch: branch(warp, instruction, lanes); break;
+    case Flow::kExit:
+      warp.alive &= ~lanes;
+      if ((here & ~lanes) != 0) {
+        warp.fragments[warp.current] = {pc + 1, here & ~lanes};
+      } else if (warp.alive != 0) {
+        warp.fragments.erase(warp.fragments.begin() + static_cast<long>(warp.current));
+        warp.current = 0;
+      }
+      for (Fragment& fragment : warp.fragments) fragment.parked = false;
+      break;
+    default:
+      warp.again = false;
+      if (lanes != 0) instruction.run(*this, warp, instruction, lanes);
+      if (warp.again) {
+        --count.executed;
+      } else {
+        warp.fragments[warp.current].pc = pc + 1;
+      }
+  }
+  if (warp.fragments.size() > 1) merge(warp);
+}
+
+// --- Coming and going ------------------------------------------------------------------------------
+
+void Machine::start_cluster() {
+  auto cluster = std::make_unique<Cluster>();
+  const u32 first = static_cast<u32>(clusters_.size()) * launch.cluster;
+  const u32 warps = (launch.threads + 31) / 32;
+  cluster->size = static_cast<int>(launch.cluster * warps);
+  cluster->live = static_cast<int>(launch.cluster);
+  for (u32 rank = 0; rank < launch.cluster; ++rank) {
+    auto cta = std::make_unique<Cta>();
+    const u32 id = first + rank, nx = launch.grid[0], ny = launch.grid[1];
+    cta->id = id;
+    cta->rank = rank;
+    cta->index[0] = id % nx;
+    cta->index[1] = id / nx % ny;
+    cta->index[2] = id / nx / ny;
+    cta->cluster = cluster.get();
+    cta->shared.assign(launch.shared_bytes + 16, 0xFF);
+    cta->cells.resize(launch.shared_bytes / kCell + 2);
+    cta->warps.resize(warps);
+    cta->live = static_cast<int>(warps);
+    const int each = std::min(static_cast<int>(65536 / launch.threads) / 8 * 8, 255);
+    cta->registers_free = 65536 - each * static_cast<int>(launch.threads);
+    for (u32 i = 0; i < warps; ++i) {
+      cta->warps[i].cta = cta.get();
+      cta->warps[i].registers = each;
+      start(*cta, cta->warps[i], i);
+    }
+    cluster->ctas.push_back(std::move(cta));
+  }
+  clusters_.push_back(std::move(cluster));
+  ++active_;
+  progress();
+}
+
+void Machine::start(Cta& cta, Warp& warp, u32 index) {
+  warp.index = index;
+  warp.id = cta.id * static_cast<u32>(cta.warps.size()) + index;
+  warp.file = program.file;
+  const u32 threads = std::min(32u, launch.threads - 32 * index);
+  warp.alive = threads == 32 ? kAll : (1u << threads) - 1;
+  warp.fragments = {{0, warp.alive}};
+  warp.known.happened.raise(warp.agent(kRead), warp.time);
+  warp.known.happened.raise(warp.agent(kWrite), warp.time);
+  for (const Slot slot : program.shared_addresses) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      warp.set(slot, lane, warp.value(slot, lane) + (u64{cta.rank} << kRankShift));
+    }
+  }
+  const std::map<std::string, u32> uniform = {
+      {"%ntid.x", launch.threads}, {"%ntid.y", 1}, {"%ntid.z", 1},
+      {"%tid.y", 0}, {"%tid.z", 0},
+      {"%ctaid.x", cta.index[0]}, {"%ctaid.y", cta.index[1]}, {"%ctaid.z", cta.index[2]},
+      {"%nctaid.x", launch.grid[0]}, {"%nctaid.y", launch.grid[1]}, {"%nctaid.z", launch.grid[2]},
+      {"%cluster_ctarank", cta.rank}, {"%cluster_nctarank", launch.cluster},
+      {"%cluster_ctaid.x", cta.rank}, {"%cluster_ctaid.y", 0}, {"%cluster_ctaid.z", 0},
+      {"%cluster_nctaid.x", launch.cluster}, {"%cluster_nctaid.y", 1}, {"%cluster_nctaid.z", 1},
+      {"%clusterid.x", cta.index[0] / launch.cluster}, {"%clusterid.y", cta.index[1]},
+      {"%clusterid.z", cta.index[2]}, {"%nclusterid.x", launch.grid[0] / launch.cluster},
+      {"%nclusterid.y", launch.grid[1]}, {"%nclusterid.z", launch.grid[2]},
+      {"%warpid", index}, {"%smid", cta.id}, {"%nsmid", launch.resident * launch.cluster},
+      {"%dynamic_smem_size", launch.shared_bytes}, {"%total_smem_size", launch.shared_bytes},
+      {"%clock64", static_cast<u32>(now_)}, {"%clock", static_cast<u32>(now_)},
+      {"%globaltimer", static_cast<u32>(now_)},
+  };  // clang-format: keep
+  for (const auto& [name, at] : program.specials) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      u32 value;
+      if (name == "%tid.x") {
+        value = 32 * index + static_cast<u32>(lane);
+      } else if (name == "%laneid") {
+        value = static_cast<u32>(lane);
+      } else if (const auto found = uniform.find(name); found != uniform.end()) {
+        value = found->second;
+      } else {
+        throw Failure("unknown special register " + name);
+      }
+      const bool wide = name == "%clock64" || name == "%globaltimer";
+      warp.set({at, wide ? 8u : 4u}, lane, value);
+    }
+  }
+  ready_.push_back(&warp);
+}
+
+void Machine::finish(Warp& warp) {
+  Cta& cta = *warp.cta;
+  const auto says = [&](const char* what) { races.found.insert(what); };
+  if (!warp.products.empty()) says("a warp left with a product on its way");
+  if (!warp.copies.empty()) says("a warp left with a cp.async on its way");
+  for (BulkStore& store : warp.stores) {
+    if (!store.read) says("a warp left while a TMA store still reads shared memory");
+    advance(warp, store, true);
+  }
+  warp.state = Warp::kGone;
+  warp.file = {};
+  warp.stores.clear();
+  progress();
+  leave_barriers(cta);
+  if (--cta.live > 0) return;
+  commit(cta, 0, 0);
+  Cluster& cluster = *cta.cluster;
+  if (--cluster.live > 0) return;
+  --active_;
+  for (const auto& each : cluster.ctas) {
+    each->shared = {};
+    each->cells = {};
+  }
+}
+
+}  // namespace ptx

@@ -29,8 +29,11 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
                        " memory: " + describe(access.agent, access.write, access.pc) + " and " +
                        describe(record.agent, record.write, record.pc));
         }
-        // A write hides what came before it. What may run beside it is still to be watched.
-        const bool beside = exempt && known.happened[record.agent] < record.time && !same;
+        // A write hides what came before it. What may run beside it is still to be watched, but
+        // not one atomic after another: they stand in an order.
+        const bool both_atomic =
+            record.strength == Strength::kAtomic && access.strength == Strength::kAtomic;
+        const bool beside = exempt && known.happened[record.agent] < record.time && !both_atomic;
         if (access.write && !beside) record.bytes &= static_cast<u16>(~bytes);
       } else if (same) {
         if ((record.bytes & ~bytes) == 0) {

@@ -23,19 +23,16 @@ class Wrong(AssertionError):
 class Memory:
     """What a kernel may touch: address, bytes, and whether it may write there."""
 
-    ranges: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    ranges: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def add(self, tensor: torch.Tensor, *, writable: bool) -> int:
-        """Let the kernel use all of the tensor's storage; return its own address."""
-        storage = tensor.untyped_storage()
-        self.add_range(storage.data_ptr(), storage.nbytes(), writable=writable)
-        return tensor.data_ptr()
-
-    def add_range(self, address: int, size: int, *, writable: bool) -> None:
-        if size == 0:
-            return
-        old_size, old_writable = self.ranges.get(address, (0, False))
-        self.ranges[address] = max(size, old_size), writable or old_writable
+        """Let the kernel use `tensor`, and return its address; what is an input stays one."""
+        address = tensor.data_ptr()
+        if tensor.numel() > 0:
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            span = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+            self.ranges.setdefault((address, span), writable)
+        return address
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def run(kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
         seed=grid.seed,
         races=grid.races,
         strict=grid.strict,
-        memory=[(address, *rest) for address, rest in memory.ranges.items()],
+        memory=[(*where, writable) for where, writable in memory.ranges.items()],
         parameters=parameters,
     )
     return Run(kernel=kernel, **result)

@@ -5,11 +5,11 @@ tensor maps, parameters and grid are those of a real launch.
 """
 
 import ast
+import contextlib
 import ctypes
 import functools
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor
 from lora_kernels import extension
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import cuda
-from ptx_machine.launch import Grid, Memory, Run, run
+from ptx_machine.launch import Grid, Memory
+from ptx_machine.machine import Machine, inputs
 from ptx_machine.parse import Kernel, parse
 
 HOST = Path(__file__).parent / "host"
@@ -44,95 +45,74 @@ def kernel(direction: str, dtype: torch.dtype = torch.bfloat16) -> Kernel:
     return found
 
 
-@dataclass
-class Machine:
-    """Where the backend's launches run.
+def on(machine: Machine) -> Backend:
+    """Return the CUDA backend whose launches go to `machine`."""
 
-    `multiprocessors` bounds the CTAs of a launch, `resident` clusters run at a time. `edit` changes
-    a kernel before it runs. Runs are kept in `runs`, and are judged unless `judged` is False.
-    """
-
-    seed: int = 0
-    multiprocessors: int = 6
-    resident: int = 3
-    strict: bool = False
-    edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
-    judged: bool = True
-
-    def __post_init__(self) -> None:
-        self.runs: list[Run] = []
-        self.backend = Backend(
-            "cuda", cuda.why_not, self._on(cuda.forward), self._on(cuda.backward)
-        )
-
-    def _on(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             memory = Memory()
-            inputs = [a for a in arguments if isinstance(a, Tensor)]
-            for tensor in inputs:
+            for tensor in inputs(arguments):
                 memory.add(tensor, writable=False)
-            with _Recorded(memory, {t.data_ptr() for t in inputs}) as recorded:
-                library, module = _library()
-                handler, failures = self._handler(memory)
-                library.ptx_machine_attach(handler, self.multiprocessors)
-                saved, extension.load = extension.load, lambda: module
-                recorded.active = True
+            library, module = _library()
+            handler, failures = _handler(machine, memory)
+            library.ptx_machine_attach(handler, machine.multiprocessors)
+            load = extension.load
+            with _noting_addresses(memory):
+                extension.load = lambda: module
                 try:
                     return function(*arguments)
                 except RuntimeError as error:
                     raise (failures[0] if failures else error) from None
                 finally:
-                    extension.load = saved
+                    extension.load = load
 
         return call
 
-    def _handler(self, memory: Memory) -> tuple[Any, list[Exception]]:
-        failures: list[Exception] = []
-
-        @_HANDLER
-        def handler(
-            name: bytes, ctas: int, cluster: int, threads: int, shared: int, parameters: Any
-        ) -> int:
-            try:
-                kernel = self.edit(kernels()[name.decode()])
-                last = kernel.parameters[-1]
-                blob = ctypes.string_at(parameters[0], last.offset + last.size)
-                grid = Grid(
-                    ctas, threads, cluster, shared, self.resident, self.seed, True, self.strict
-                )
-                self.runs.append(run(kernel, blob, memory, grid))
-                if self.judged:
-                    self.runs[-1].check()
-            except Exception as error:
-                failures.append(error)
-                return 1
-            return 0
-
-        return handler, failures
+    return Backend("cuda", cuda.why_not, wrap(cuda.forward), wrap(cuda.backward))
 
 
-class _Recorded:
-    """Meanwhile, lets the machine touch every tensor whose address is asked for."""
+def _handler(machine: Machine, memory: Memory) -> tuple[Any, list[Exception]]:
+    """Return what takes the launches, and where it leaves what it cannot raise through C++."""
+    failures: list[Exception] = []
 
-    def __init__(self, memory: Memory, inputs: set[int]) -> None:
-        self.memory, self.inputs, self.active = memory, inputs, False
+    @_HANDLER
+    def handler(
+        name: bytes, ctas: int, cluster: int, threads: int, shared: int, parameters: Any
+    ) -> int:
+        try:
+            kernel = kernels()[name.decode()]
+            last = kernel.parameters[-1]
+            blob = ctypes.string_at(parameters[0], last.offset + last.size)
+            machine.launch(kernel, blob, memory, Grid(ctas, threads, cluster, shared))
+        except Exception as error:
+            failures.append(error)
+            return 1
+        return 0
 
-    def __enter__(self) -> "_Recorded":
-        self.saved = saved = Tensor.data_ptr
+    return handler, failures
 
-        def data_ptr(tensor: Tensor) -> int:
-            address = saved(tensor)
-            if self.active and address not in self.inputs and tensor.numel() > 0:
-                span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-                size = (span + 1) * tensor.element_size()
-                self.memory.add_range(address, size, writable=True)
-            return address
 
+@contextlib.contextmanager
+def _noting_addresses(memory: Memory) -> Iterator[None]:
+    """Meanwhile, let kernels touch every tensor whose address is asked for."""
+    data_ptr = Tensor.data_ptr
+    inside = False
+
+    def noted(tensor: Tensor) -> int:
+        nonlocal inside
+        if inside:
+            return data_ptr(tensor)
+        inside = True
+        try:
+            return memory.add(tensor, writable=True)
+        finally:
+            inside = False
+
+    Tensor.data_ptr = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
         Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Tensor.data_ptr = self.saved  # type: ignore[method-assign]
 
 
 @functools.cache

@@ -52,8 +52,8 @@ class Compiled:
     shared_bytes: int
     descriptors: list[dict[str, Any]]
 
-    def launch(self, arguments: dict[str, Any], memory: Memory, grid: Grid) -> Run:
-        """Run the kernel on `arguments`, by name: tensors on the CPU, descriptors and numbers."""
+    def pack(self, arguments: dict[str, Any], memory: Memory) -> bytes:
+        """Return the parameters for `arguments` by name: CPU tensors, descriptors and numbers."""
         values: list[int | float | bytes] = []
         descriptors = iter(self.descriptors)
         for name, kind in self.signature.items():
@@ -68,8 +68,12 @@ class Compiled:
                 values.append(float(value) if kind.startswith("fp") else int(value))
         # The kernel's own scratch memory follows, of which these kernels need none.
         values += [0] * (len(self.kernel.parameters) - len(values))
+        return pack(self.kernel, values)
+
+    def launch(self, arguments: dict[str, Any], memory: Memory, grid: Grid) -> Run:
+        """Run the kernel on `arguments`, by name."""
         grid = replace(grid, shared_bytes=self.shared_bytes)
-        return run(self.kernel, pack(self.kernel, values), memory, grid)
+        return run(self.kernel, self.pack(arguments, memory), memory, grid)
 
 
 def _describe(
@@ -94,9 +98,7 @@ def compile_kernel(
 ) -> Compiled:
     """Compile `function` as a launch with `arguments` and `options` would."""
     with active(arch):
-        function.device_caches.clear()
         made = function.warmup(*arguments, grid=(1,), **options)
-        function.device_caches.clear()
     metadata = made.metadata
     return Compiled(
         _parsed(made.asm["ptx"]),

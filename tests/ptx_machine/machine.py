@@ -1,0 +1,46 @@
+"""A machine that stands for a GPU: where a backend's launches run, and what is tried on them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ptx_machine.launch import Grid, Memory, Run, run
+from ptx_machine.parse import Kernel
+
+
+@dataclass
+class Machine:
+    """Runs kernels, keeps their runs, and judges them unless `judged` is False.
+
+    `multiprocessors` bounds the CTAs of a launch, `resident` clusters run at a time. `edit` changes
+    a kernel before it runs; it must return the same object for the same kernel.
+    """
+
+    seed: int = 0
+    multiprocessors: int = 6
+    resident: int = 3
+    races: bool = True
+    strict: bool = False
+    judged: bool = True
+    edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
+    runs: list[Run] = field(default_factory=list)
+
+    def launch(self, kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
+        """Run `kernel` on `grid` as this machine times it."""
+        grid = replace(
+            grid, resident=self.resident, seed=self.seed, races=self.races, strict=self.strict
+        )
+        self.runs.append(run(self.edit(kernel), parameters, memory, grid))
+        return self.runs[-1].check() if self.judged else self.runs[-1]
+
+
+def inputs(arguments: tuple[object, ...]) -> list[Tensor]:
+    """Return the tensors of a backend's call, which its kernels may only read."""
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, tuple):
+            found += inputs(argument)
+    return found

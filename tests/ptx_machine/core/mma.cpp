@@ -24,7 +24,9 @@ void store_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
       addresses[lane] = static_cast<u32>(w.value(i.in[0], lane) + static_cast<u64>(i.number[kOffsetNumber]));
       Cta& cta = m.owner(w, addresses[lane], false);
       u8* to = m.shared(w, cta, addresses[lane], 16);
-      m.touch_shared(cta, addresses[lane], 16, {w.agent(kWrite), w.time, w.pc(), true}, w.known);
+      Access access{w.agent(kWrite), w.time, w.pc(), true};
+      access.rewrites = std::memcmp(to, values[row], 16) == 0;
+      m.touch_shared(cta, addresses[lane], 16, access, w.known);
       std::memcpy(to, values[row], 16);
     }
     m.count_banks(w, 0xFFu << (8 * matrix), addresses, 16);

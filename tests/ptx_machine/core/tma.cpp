@@ -107,7 +107,8 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
       Cta& cta = *cluster.ctas[target];
       if (cta.live != static_cast<int>(cta.warps.size())) m.report(w, "a TMA load to a CTA that has begun to leave");
       MBarrier& barrier = m.mbarrier(w, cta, bar);
-      Access use{w.agent(kRead), w.time, w.pc(), false, true, Strength::kAtomic};
+      // Its init need not be fenced from the async proxy: compilers' code does without.
+      const Access use{w.agent(kRead), w.time, w.pc(), false, false, Strength::kAtomic};
       m.touch_shared(cta, bar, 8, use, w.known);
       const Access write{barrier.agent, barrier.completed + 1, w.pc(), true, true};
       m.shared_raw(cta, to, box_bytes(map), w.pc());

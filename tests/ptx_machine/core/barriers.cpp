@@ -13,7 +13,6 @@ void Machine::release(CtaBarrier& barrier) {
   wake(barrier.waiting);
   barrier.arrived = 0;
   barrier.brought.clear();
-  progress();
 }
 
 // Threads that have left count as arrived at barriers of the whole CTA.
@@ -62,7 +61,6 @@ void bar(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   barrier.brought.join(w.known);
   m.tick(w);
   barrier.arrived += 32;
-  m.progress();
   if (barrier.arrived > expected) m.fail(w, "too many arrivals at barrier " + std::to_string(id));
   const bool waits = i.number[0];
   if (barrier.arrived < expected) {
@@ -107,8 +105,8 @@ void cluster_arrive(Machine& m, Warp& w, const Instruction& i, Mask) {
     cluster.coming.join(w.known);
   }
   m.tick(w);
-  m.progress();
   if (++cluster.arrived < cluster.size) return;
+  m.progress();
   cluster.arrived = 0;
   ++cluster.phase;
   cluster.complete.join(cluster.coming);
@@ -224,7 +222,6 @@ void arrive(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     m.complete_if_done(barrier);
   }
   m.tick(w);
-  m.progress();
 }
 
 void try_wait(Machine& m, Warp& w, const Instruction& i, Mask lanes) {

@@ -54,7 +54,8 @@ class Machine {
   [[noreturn]] void fail(const Warp& warp, const std::string& what) const;
   void report(const Warp& warp, const std::string& what);
   void tick(Warp& warp);
-  // Something has moved; and it is news to those who poll global memory.
+  // Something has moved that a loop of waiting does not move; it is news to those who poll global
+  // memory.
   void progress() { last_progress_ = instructions; }
   void news();
   // Does not run `warp` before `wake` of that list, unless by chance.

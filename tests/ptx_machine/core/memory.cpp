@@ -74,7 +74,6 @@ void store_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     std::memcpy(to, data, all);
   }
   m.count_banks(w, lanes, addresses, all);
-  m.progress();
 }
 
 template <bool kSigned>

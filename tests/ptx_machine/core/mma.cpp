@@ -31,7 +31,6 @@ void store_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
     }
     m.count_banks(w, 0xFFu << (8 * matrix), addresses, 16);
   }
-  m.progress();
 }
 
 void load_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
@@ -90,7 +89,8 @@ float low(u32 pair) {
 // is a pair: elements 2*(l%4) and the next, and 8 further in the next register; tf32 has element
 // l%4, and 4 further.
 template <Input kInput, int kDepth>
-void multiply(Machine&, Warp& w, const Instruction& i, Mask) {
+void multiply(Machine& m, Warp& w, const Instruction& i, Mask) {
+  m.progress();
   constexpr bool kPairs = kInput != Input::kTf32;
   constexpr int kStep = kPairs ? 8 : 4, kHalves = kDepth / kStep;  // registers along K
   float a[16][kDepth], b[kDepth][8], c[16][8];

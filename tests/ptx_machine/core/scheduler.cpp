@@ -117,6 +117,9 @@ void Machine::later(std::function<void()> land) {
 
 // --- Running ---------------------------------------------------------------------------------------
 
+// Instructions without progress: more than any stretch of arithmetic, in all resident CTAs, takes.
+constexpr u64 kPatience = 1'000'000;
+
 void Machine::run() {
   while (active_ > 0 || clusters_.size() < clusters_total_) {
     ++now_;
@@ -137,7 +140,7 @@ void Machine::run() {
       // What woke up in the slice stands behind it.
       ready_.pop_back();
     }
-    if (instructions - last_progress_ > 3'000'000) dead_end();
+    if (instructions - last_progress_ > kPatience) dead_end();
   }
   if (!flights_.empty()) throw Failure("a TMA load is on its way to a CTA that has left");
 }

@@ -1,0 +1,195 @@
+"""Faults to plant in a decoded program: each must be noticed, or the machine sees too little."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ptx_machine.launch import Wrong
+from ptx_machine.parse import Kernel, Operand, Statement
+
+Change = dict[str, Any]
+
+
+class Fault(NamedTuple):
+    """A kind of fault: what it does to a statement, or None where it does not apply."""
+
+    name: str
+    change: Callable[[Statement], Change | None]
+
+    def sites(self, kernel: Kernel) -> list[int]:
+        """Return the statements that it applies to."""
+        return [i for i, s in enumerate(kernel.statements) if self.change(s) is not None]
+
+    def plant(self, kernel: Kernel, site: int) -> Kernel:
+        """Return the program with the fault in one place."""
+        change = self.change(kernel.statements[site])
+        assert change is not None
+        return kernel.replaced(site, **change)
+
+
+def _removed(pattern: str) -> Callable[[Statement], Change | None]:
+    def change(statement: Statement) -> Change | None:
+        if not re.fullmatch(pattern, statement.opcode):
+            return None
+        return {"opcode": "nop", "operands": ()}
+
+    return change
+
+
+def _renamed(pattern: str, new: str) -> Callable[[Statement], Change | None]:
+    """Replace what `pattern` finds in an opcode."""
+
+    def change(statement: Statement) -> Change | None:
+        opcode = re.sub(pattern, new, statement.opcode)
+        return None if opcode == statement.opcode else {"opcode": opcode}
+
+    return change
+
+
+def _number(pattern: str, operand: int, new: Callable[[int], int]) -> Callable[[Statement], Any]:
+    """Change the immediate that is an operand of the opcodes that `pattern` finds."""
+
+    def change(statement: Statement) -> Change | None:
+        if not re.search(pattern, statement.opcode) or not statement.operands:
+            return None
+        at = operand % len(statement.operands)
+        kind, value, _ = statement.operands[at][0][0]
+        if kind != "i" or new(value) == value:
+            return None
+        return {"operands": _with(statement, at, _immediate(new(value)))}
+
+    return change
+
+
+def _immediate(value: int) -> Operand:
+    return (("i", value, ""),), 0, False
+
+
+def _with(statement: Statement, at: int, operand: Operand) -> tuple[Operand, ...]:
+    operands = list(statement.operands)
+    operands[at] = operand
+    return tuple(operands)
+
+
+def _toggled_transposition(statement: Statement) -> Change | None:
+    match = re.match(r"((?:ld|st)matrix\.sync\.aligned\.m8n8\.x\d)(\.trans)?", statement.opcode)
+    if match is None:
+        return None
+    rest = statement.opcode[match.end() :]
+    return {"opcode": match[1] + ("" if match[2] else ".trans") + rest}
+
+
+def _swapped_major(which: int) -> Callable[[Statement], Change | None]:
+    """Flip the transposition bit of A (0) or B (1); A in registers has none."""
+
+    def change(statement: Statement) -> Change | None:
+        if not statement.opcode.startswith("wgmma.mma_async") or not statement.operands:
+            return None
+        bits = len(statement.operands) - 6
+        at = 6 + which - (2 - bits)
+        if at < 6:
+            return None
+        old = statement.operands[at][0][0][1]
+        return {"operands": _with(statement, at, _immediate(1 - old))}
+
+    return change
+
+
+def _wait(parity: int | None) -> Callable[[Statement], Change | None]:
+    """Let a wait for an mbarrier always ask for `parity`, or not wait at all."""
+
+    def change(statement: Statement) -> Change | None:
+        if not statement.opcode.startswith("mbarrier.try_wait.parity"):
+            return None
+        if parity is None:
+            operands = statement.operands[0], _immediate(0), _immediate(0)
+            return {"opcode": "setp.eq.b32", "operands": operands}
+        return {"operands": _with(statement, 2, _immediate(parity))}
+
+    return change
+
+
+def _shifted_descriptor(bit: int) -> Callable[[Statement], Change | None]:
+    """Add one at `bit` to the constant part of a wgmma descriptor, wherever it is joined."""
+
+    def change(statement: Statement) -> Change | None:
+        if not re.fullmatch(r"(or|add|mov|xor)\.[bsu]64", statement.opcode):
+            return None
+        for at, (parts, _, _) in enumerate(statement.operands):
+            kind, value, _ = parts[0]
+            if kind == "i" and (value % (1 << 64)) >> 62 and (value >> 32 & 0x3FFF):
+                return {"operands": _with(statement, at, _immediate(value + (1 << bit)))}
+        return None
+
+    return change
+
+
+def _no_multicast_to(cta: int) -> Callable[[Statement], Change | None]:
+    return _number(r"multicast::cluster$", 3, lambda mask: mask & ~(1 << cta))
+
+
+FAULTS = (
+    Fault("a barrier of the CTA is removed", _removed(r"bar(rier)?(\.cta)?\.sync(\.aligned)?")),
+    Fault("a barrier of the cluster is removed", _removed(r"barrier\.cluster\..*")),
+    Fault("cp.async waits for a group less", _number(r"^cp\.async\.wait_group", 0, lambda n: n + 1)),
+    Fault("a product waits for a group less", _number(r"^wgmma\.wait_group", 0, lambda n: n + 1)),
+    Fault("wgmma.fence is removed", _removed(r"wgmma\.fence\..*")),
+    Fault("a release is relaxed", _renamed(r"\b(release|acq_rel)(?=\.add|\.exch|\.cas)", "relaxed")),
+    Fault("an acquire is relaxed", _renamed(r"^((?:ld|atom)\.global\.gpu)\.acquire", r"\1.relaxed")),
+    Fault("a fence is removed", _removed(r"fence\.acq_rel\..*|membar\..*")),
+    Fault("a proxy fence is removed", _removed(r"fence\.proxy\..*")),
+    Fault("a matrix is loaded or stored transposed", _toggled_transposition),
+    Fault("A is read transposed", _swapped_major(0)),
+    Fault("B is read transposed", _swapped_major(1)),
+    Fault("the leading offset is 16 bytes off", _shifted_descriptor(16)),
+    Fault("the stride offset is 16 bytes off", _shifted_descriptor(32)),
+    Fault("the phase waited for never flips", _wait(0)),
+    Fault("an mbarrier is not waited for", _wait(None)),
+    Fault("half of the bytes are expected", _number(r"expect_tx", 2, lambda n: n // 2)),
+    Fault("an arrival is removed", _removed(r"mbarrier\.arrive(?!\.expect).*")),
+    Fault("a remote release is for the own CTA", _renamed(r"arrive\.release\.cluster", "arrive.release.cta")),
+    Fault("TMA stores' shared memory is reused early", _number(r"bulk\.wait_group\.read", 0, lambda n: n + 1)),
+    Fault("read stands for written", _renamed(r"^cp\.async\.bulk\.wait_group$", "cp.async.bulk.wait_group.read")),
+    Fault("a store is removed", _removed(r"st\.global\..*")),
+    Fault("an addition is removed", _removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
+)  # fmt: skip
+
+
+class Planted(NamedTuple):
+    """A fault in one place of a program, and by what it was noticed, if it was."""
+
+    fault: Fault
+    line: int
+    noticed: str
+
+    def __str__(self) -> str:
+        return f"{self.fault.name}, line {self.line}: {self.noticed or 'not noticed'}"
+
+
+def study(
+    kernel: Kernel,
+    attempts: Callable[[Kernel], Iterable[Callable[[], object]]],
+    faults: Iterable[Fault] = FAULTS,
+    sites: int = 3,
+) -> Iterator[Planted]:
+    """Plant each fault at up to `sites` places, evenly spread, and try until one attempt fails."""
+    for fault in faults:
+        found = fault.sites(kernel)
+        count = min(sites, len(found))
+        for i in range(count):
+            site = found[i * (len(found) - 1) // max(count - 1, 1)]
+            faulty = fault.plant(kernel, site)
+            noticed = next(filter(None, map(_failure, attempts(faulty))), "")
+            yield Planted(fault, kernel.statements[site].line, noticed)
+
+
+def _failure(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except Wrong as wrong:
+        return str(wrong).splitlines()[0]
+    except AssertionError as wrong:
+        return f"wrong numbers: {str(wrong)[:80]}"
+    return ""
+
+

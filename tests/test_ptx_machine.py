@@ -1,0 +1,433 @@
+"""The machine's own rules, on programs of a few lines: opcodes, memory, time, races, dead ends."""
+
+import math
+import struct
+
+import pytest
+import torch
+from ptx_machine import build
+from ptx_machine.launch import Grid, Memory, Run, Wrong, pack, run, tensor_map
+from ptx_machine.parse import Kernel, PtxSyntaxError, parse
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+
+HEAD = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 1024 .b8 window[];
+.visible .entry kernel({parameters}) .maxntid {threads}, 1, 1
+{{
+.reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<64>; .reg .f32 %f<64>; .reg .b64 %d<64>;
+.reg .f64 %g<8>;
+{body}
+ret;
+}}
+"""
+
+
+def program(body: str, parameters: int = 1, threads: int = 32) -> Kernel:
+    """Return a kernel of `body` whose 64-bit parameters are p0, p1, ..."""
+    names = ", ".join(f".param .u64 p{i}" for i in range(parameters))
+    return parse(HEAD.format(body=body, parameters=names, threads=threads))
+
+
+def launch(
+    body: str, *tensors: torch.Tensor, ctas: int = 1, threads: int = 32, shared: int = 4096,
+    **options: int,
+) -> Run:  # fmt: skip
+    memory = Memory()
+    addresses = [memory.add(tensor, writable=True) for tensor in tensors]
+    kernel = program(body, len(tensors), threads)
+    grid = Grid(ctas, shared_bytes=shared, **options)
+    return run(kernel, pack(kernel, addresses), memory, grid)
+
+
+def store_lane(value: str, kind: str, size: int) -> str:
+    """Return code that stores `value` at p0[lane]."""
+    return f"""
+    ld.param.u64 %d0, [p0];
+    mov.u32 %r0, %laneid;
+    mul.wide.u32 %d1, %r0, {size};
+    add.s64 %d2, %d0, %d1;
+    st.global.{kind} [%d2], {value};
+    """
+
+
+# --- Opcodes ----------------------------------------------------------------------------------------
+
+NUMBERS = [0, 1, 7, -1, -7, 2**31 - 1, -(2**31), 0x12345678]
+
+
+def binary(opcode: str, a: int, b: int) -> int:
+    out = torch.zeros(32, dtype=torch.int32)
+    launch(f"{opcode} %r5, {a}, {b};" + store_lane("%r5", "b32", 4), out).check()
+    assert (out == out[0]).all()
+    return int(out[0])
+
+
+def wrapped(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+@pytest.mark.parametrize(
+    ("opcode", "expected"),
+    [
+        ("add.s32", lambda a, b: a + b),
+        ("sub.s32", lambda a, b: a - b),
+        ("mul.lo.s32", lambda a, b: a * b),
+        ("mul.hi.s32", lambda a, b: a * b >> 32),
+        ("mul.hi.u32", lambda a, b: (a % 2**32) * (b % 2**32) >> 32),
+        ("min.s32", min),
+        ("max.u32", lambda a, b: max(a % 2**32, b % 2**32)),
+        ("and.b32", lambda a, b: a & b),
+        ("xor.b32", lambda a, b: a ^ b),
+        ("shl.b32", lambda a, b: a << (b % 2**32) if b % 2**32 < 32 else 0),
+        ("shr.s32", lambda a, b: a >> min(b % 2**32, 31)),
+        ("shr.u32", lambda a, b: (a % 2**32) >> min(b % 2**32, 32)),
+        ("div.s32", lambda a, b: int(math.trunc(a / b)) if b else -1),
+        ("rem.u32", lambda a, b: (a % 2**32) % (b % 2**32) if b else a),
+    ],
+)
+def test_integers(opcode: str, expected: object) -> None:
+    for a in NUMBERS:
+        for b in NUMBERS:
+            assert binary(opcode, a, b) == wrapped(expected(a, b)), (a, b)  # type: ignore[operator]
+
+
+def bits(value: float) -> str:
+    return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "expected"),
+    [
+        (f"fma.rn.f32 %f0, {bits(1.5)}, {bits(-2.0)}, {bits(0.25)};", "f32", -2.75),
+        (f"cvt.rn.bf16.f32 %h0, {bits(1.00390625)};", "bf16", 1.0),  # a tie goes to even
+        (f"cvt.rn.bf16.f32 %h0, {bits(1.01171875)};", "bf16", 1.015625),
+        (f"cvt.rn.f16.f32 %h0, {bits(65520.0)};", "f16", math.inf),
+        (f"cvt.rn.f16.f32 %h0, {bits(2.0**-25)};", "f16", 0.0),
+        (f"cvt.rna.tf32.f32 %f0, {bits(1 + 2**-11)};", "f32", 1 + 2**-10),
+        (f"min.f32 %f0, {bits(math.nan)}, {bits(3.0)};", "f32", 3.0),
+        ("mov.f32 %f0, %f63;", "f32", math.nan),  # nobody has written it
+    ],
+)
+def test_floats(code: str, kind: str, expected: float) -> None:
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    out = torch.zeros(32, dtype=dtype)
+    register, width = ("%f0", "b32") if kind == "f32" else ("%h0", "b16")
+    launch(code + store_lane(register, width, out.element_size()), out).check()
+    assert torch.equal(out.float().nan_to_num(-9), torch.full((32,), expected).nan_to_num(-9))
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("bfe.u32 %r5, 0x12345678, 8, 12;", 0x456),
+        ("bfe.s32 %r5, 0x00000F00, 8, 4;", -1),
+        ("bfi.b32 %r5, 0xAB, 0x11111111, 8, 8;", 0x1111AB11),
+        ("prmt.b32 %r5, 0x33221100, 0x77665544, 0x7531;", 0x77553311),
+        ("lop3.b32 %r5, 0xFF00FF00, 0x0F0F0F0F, 0x33333333, 0x96;", 0x3C3CC3C3 - 2**32 * 0),
+        ("shf.l.wrap.b32 %r5, 0x80000000, 1, 1;", 3),
+        ("popc.b32 %r5, 0xF0F0;", 8),
+        ("clz.b32 %r5, 0x00010000;", 15),
+        ("setp.lt.and.u32 %p0, 1, 2, %p1; selp.b32 %r5, 1, 0, %p0;", None),
+        ("mov.b32 %r5, {1, 2};", 0x20001),
+        ("cvt.s32.s8 %r5, 200;", -56),
+        ("shfl.sync.bfly.b32 %r5, 7, 1, 31, -1;", 7),
+        ("elect.sync %r5|%p1, -1;", 0),
+    ],
+)
+def test_bits_and_lanes(code: str, expected: int | None) -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    launch(code + store_lane("%r5", "b32", 4), out).check()
+    if expected is not None:
+        assert int(out[3]) == wrapped(expected)
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("frobnicate.b32 %r0, %r1;", "unknown opcode frobnicate.b32"),
+        ("add.sat.s32 %r0, %r1, %r2;", "unknown opcode add.sat.s32"),
+        ("ld.global.mystery.b32 %r0, [%d0];", "unknown modifier .mystery"),
+        ("add.s32 %r0, %d1, %r2;", "register of another size"),
+        ("ld.global.v2.b32 %r0, [%d0];", "another length"),
+    ],
+)
+def test_what_is_not_known_is_named(statement: str, named: str) -> None:
+    with pytest.raises(RuntimeError, match=named.replace(".", r"\.")):
+        launch(statement, torch.zeros(1))
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(PtxSyntaxError, match="line 10.*whatever"):
+        program("mov.u32 %r0, whatever;")
+
+
+# --- Divergence ---------------------------------------------------------------------------------------
+
+LOOP = """
+    mov.u32 %r0, %laneid;
+    mov.u32 %r1, 0;
+    mov.u32 %r2, %r0;
+again:
+    setp.eq.u32 %p0, %r2, 0;
+    @%p0 bra done;
+    add.s32 %r1, %r1, %r2;
+    sub.s32 %r2, %r2, 1;
+    bra again;
+done:
+    bar.warp.sync -1;
+"""
+
+
+def test_lanes_part_and_meet_again() -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    run = launch(LOOP + store_lane("%r1", "b32", 4), out).check()
+    assert out.tolist() == [n * (n + 1) // 2 for n in range(32)]
+    assert run.by_opcode()["bar.warp.sync"] == 1
+
+
+def test_lanes_that_never_meet_are_reported() -> None:
+    body = "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 4; @%p0 bra a; bar.sync 0; bra e;\na: bar.sync 1;\ne:"
+    assert "never come together" in launch(body).failure
+
+
+# --- Memory -------------------------------------------------------------------------------------------
+
+
+def test_nothing_outside_of_a_tensor_is_touched() -> None:
+    out = torch.zeros(33, dtype=torch.int32)[:31]
+    assert "outside of every tensor" in launch(store_lane("1", "b32", 4), out).failure
+
+
+HANDOVER = """
+    ld.param.u64 %d0, [p0];
+    ld.param.u64 %d1, [p1];
+    mov.u32 %r0, %ctaid.x;
+    setp.ne.u32 %p0, %r0, 0;
+    @%p0 bra reader;
+    st.global.b32 [%d0], 42;
+    {release}
+    bra end;
+reader:
+    {acquire}
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 bra reader;
+    ld.global.b32 %r2, [%d0];
+    st.global.b32 [%d0+4], %r2;
+end:
+"""
+
+
+def handover(release: str, acquire: str, seed: int) -> tuple[Run, int]:
+    data = torch.zeros(8, dtype=torch.int32)
+    flag = torch.zeros(1, dtype=torch.int32)
+    run = launch(
+        HANDOVER.format(release=release, acquire=acquire), data, flag, ctas=2, threads=1,
+        seed=seed, resident=2,
+    )  # fmt: skip
+    assert not run.failure
+    return run, int(data[1])
+
+
+RELEASE = "red.release.gpu.global.add.u32 [%d1], 1;"
+ACQUIRE = "ld.acquire.gpu.global.b32 %r1, [%d1];"
+RELAXED_RELEASE = "red.relaxed.gpu.global.add.u32 [%d1], 1;"
+RELAXED_ACQUIRE = "ld.relaxed.gpu.global.b32 %r1, [%d1];"
+FENCE = "fence.acq_rel.gpu;"
+
+
+@pytest.mark.parametrize(
+    ("release", "acquire"), [(RELEASE, ACQUIRE), (FENCE + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE)]
+)
+def test_release_and_acquire_hand_over(release: str, acquire: str) -> None:
+    for seed in range(8):
+        run, value = handover(release, acquire, seed)
+        assert (run.reports, value) == ([], 42)
+
+
+@pytest.mark.parametrize(
+    ("release", "acquire"),
+    [
+        (RELAXED_RELEASE, ACQUIRE),
+        (RELEASE, RELAXED_ACQUIRE),
+        (RELEASE.replace("gpu", "cta"), ACQUIRE),
+        ("fence.acq_rel.cta;" + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE),
+    ],
+)
+def test_a_weaker_handover_is_a_race(release: str, acquire: str) -> None:
+    for seed in range(4):
+        run, _ = handover(release, acquire, seed)
+        assert any("race in global memory" in r and "line" in r for r in run.reports)
+
+
+def test_a_weak_store_is_held_back_until_a_release() -> None:
+    values = {handover(RELAXED_RELEASE, ACQUIRE, seed)[1] for seed in range(24)}
+    assert values == {0, 42}  # sometimes the reader finds the flag without the data
+
+
+SHARED = """
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, window;
+    shl.b32 %r2, %r0, 2;
+    add.s32 %r3, %r1, %r2;
+    st.shared.b32 [%r3], %r0;
+    {barrier}
+    xor.b32 %r4, %r2, 128;
+    add.s32 %r5, %r1, %r4;
+    ld.shared.b32 %r6, [%r5];
+"""
+
+
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
+def test_a_missing_barrier_is_a_race(barrier: str) -> None:
+    run = launch(SHARED.format(barrier=barrier), threads=64)
+    assert not run.failure
+    assert bool(run.reports) is (barrier == "")
+
+
+@pytest.mark.parametrize(("stride", "wavefronts"), [(4, 1), (8, 2), (128, 32)])
+def test_bank_conflicts_are_counted(stride: int, wavefronts: int) -> None:
+    body = f"mov.u32 %r0, %tid.x; mad.lo.s32 %r1, %r0, {stride}, 1024; st.shared.b32 [%r1], %r0;"
+    run = launch(body).check()
+    (count,) = (c for c in run.counts if c[4])
+    assert count[4:] == (wavefronts, 1)
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(4, 4), (8, 8), (32, 32)])
+def test_sectors_are_counted(stride: int, sectors: int) -> None:
+    out = torch.zeros(1024, dtype=torch.int32)
+    base = out.data_ptr() % 32 // 4
+    run = launch(store_lane("1", "b32", stride), out[(8 - base) % 8 :]).check()
+    (count,) = (c for c in run.counts if c[2])
+    assert count[2:4] == (sectors, 128)
+
+
+# --- Clusters and barriers ------------------------------------------------------------------------------
+
+
+def test_a_ctas_own_shared_addresses_carry_its_rank() -> None:
+    out = torch.zeros(2, dtype=torch.int32)
+    body = """
+    ld.param.u64 %d0, [p0];
+    mov.u32 %r0, %cluster_ctarank;
+    mul.wide.u32 %d1, %r0, 4;
+    add.s64 %d2, %d0, %d1;
+    mov.u32 %r1, window;
+    st.global.b32 [%d2], %r1;
+    """
+    launch(body, out, ctas=2, threads=1, cluster=2).check()
+    assert out.tolist() == [1024, 1024 + (1 << 24)]
+
+
+CLUSTER = """
+    mov.u32 %r0, %cluster_ctarank;
+    mov.u32 %r1, window;
+    xor.b32 %r2, %r0, 1;
+    mapa.shared::cluster.u32 %r3, %r1, %r2;
+    st.shared::cluster.u32 [%r3], %r0;
+    barrier.cluster.arrive{order}.aligned;
+    barrier.cluster.wait.acquire.aligned;
+    ld.shared.u32 %r4, [window];
+    ld.param.u64 %d0, [p0];
+    mul.wide.u32 %d1, %r0, 4;
+    add.s64 %d2, %d0, %d1;
+    st.global.b32 [%d2], %r4;
+"""
+
+
+@pytest.mark.parametrize("order", [".release", ".relaxed"])
+def test_a_cluster_reaches_into_each_others_shared_memory(order: str) -> None:
+    out = torch.zeros(2, dtype=torch.int32)
+    run = launch(CLUSTER.format(order=order), out, ctas=2, threads=1, cluster=2)
+    assert out.tolist() == [1, 0]
+    assert bool(run.reports) is (order == ".relaxed")
+
+
+STUCK = """
+    mbarrier.init.shared::cta.b64 [window], 2;
+    mbarrier.arrive.shared::cta.b64 _, [window];
+again:
+    mbarrier.try_wait.parity.shared::cta.b64 %p0, [window], 0;
+    @%p0 bra done;
+    bra again;
+done:
+"""
+
+
+def test_a_dead_end_says_where_everybody_is() -> None:
+    failure = launch(STUCK, threads=1).failure
+    assert "nothing moves any more" in failure
+    assert "CTA 0 warp 0: line 14 (mbarrier.try_wait" in failure or "CTA 0 warp 0: line 1" in failure
+    assert "parity 0 of the mbarrier at 1024, which wants 1 arrivals and 0 bytes" in failure
+
+
+# --- TMA --------------------------------------------------------------------------------------------------
+
+BOX = """
+    ld.param.u64 %d0, [p0];
+    ld.param.u64 %d3, [p1];
+    mov.u32 %r9, window;
+    add.s32 %r8, %r9, 2048;
+    mbarrier.init.shared::cta.b64 [%r8], 1;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 1024;
+    cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%d0, {{4, 12}}], [%r8];
+again:
+    {wait}
+    ld.shared.b32 %r1, [window];
+    ld.shared.b32 %r2, [window+132];
+    st.shared.b32 [window], 7;
+    {fence}
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d3, {{0, 0}}], [%r9];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+"""
+WAIT = """mbarrier.try_wait.parity.shared::cta.b64 %p0, [%r8], 0;
+    @!%p0 bra again;"""
+PROXY = "fence.proxy.async.shared::cta;"
+
+
+def box(wait: str = WAIT, fence: str = PROXY) -> tuple[Run, torch.Tensor]:
+    source = torch.arange(16 * 48, dtype=torch.int32).view(16, 48)
+    target = torch.full((8, 32), -1, dtype=torch.int32)
+    maps = torch.zeros(64 + 256, dtype=torch.uint8)
+    first = -maps.data_ptr() % 64
+    memory = Memory()
+    for tensor in (source, target):
+        memory.add(tensor, writable=True)
+    packed = [
+        tensor_map(source.data_ptr(), (48, 16), (192,), (32, 8), 4, 128),
+        tensor_map(target.data_ptr(), (32, 8), (128,), (32, 8), 4, 128),
+    ]
+    for i, each in enumerate(packed):
+        at = first + 128 * i
+        maps[at : at + 128] = torch.frombuffer(bytearray(each), dtype=torch.uint8)
+    kernel = program(BOX.format(wait=wait, fence=fence), 2, 1)
+    at = maps.data_ptr() + first
+    grid = Grid(1, shared_bytes=4096)
+    return run(kernel, pack(kernel, [at, at + 128]), memory, grid), target
+
+
+def test_a_box_arrives_swizzled_clipped_and_filled_with_zeros() -> None:
+    run, target = box()
+    run.check()
+    source = torch.arange(16 * 48, dtype=torch.int32).view(16, 48)
+    expected = torch.zeros(8, 32, dtype=torch.int32)
+    expected[:4] = source[12:16, 4:36]  # rows 16 to 19 are outside
+    expected[0, 0] = 7  # what the program put there
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [({"wait": ""}, "race in shared memory"), ({"fence": ""}, "no proxy fence in shared memory")],
+)
+def test_tma_needs_its_wait_and_its_fence(change: dict[str, str], report: str) -> None:
+    assert any(report in r for r in box(**change)[0].reports)
+
+
+def test_a_run_is_judged() -> None:
+    with pytest.raises(Wrong, match="race in shared memory"):
+        launch(SHARED.format(barrier=""), threads=64).check()

@@ -1,4 +1,4 @@
-"""Compile the machine's core with the system's C++ compiler, once for each state of its sources."""
+"""Compile the machine's core with the system's C++ compiler, under build/ by what it is made of."""
 
 import fcntl
 import functools
@@ -17,7 +17,7 @@ from types import ModuleType
 import pybind11
 
 CORE = Path(__file__).parent / "core"
-BUILD = Path(__file__).parents[2] / "build"
+BUILD = Path(__file__).parents[2] / "build" / "ptx_machine"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -31,16 +31,22 @@ def compiler() -> str | None:
 def core() -> ModuleType:
     """Return the compiled module, `_machine`."""
     flags = (*FLAGS, *_vector_flags())
-    digest = hashlib.sha256(f"{sys.version} {flags}".encode())
-    for path in sorted(CORE.iterdir()):
+    headers = hashlib.sha256(f"{sys.version} {flags}".encode())
+    for path in sorted(CORE.glob("*.h")):
+        headers.update(path.read_bytes())
+    objects = {}
+    for path in sorted(CORE.glob("*.cpp"), key=lambda path: -path.stat().st_size):
+        digest = headers.copy()
         digest.update(path.read_bytes())
-    folder = BUILD / f"ptx_machine-{digest.hexdigest()[:12]}"
+        objects[path] = BUILD / f"{path.stem}-{digest.hexdigest()[:12]}.o"
+    names = " ".join(sorted(path.name for path in objects.values()))
+    folder = BUILD / hashlib.sha256(names.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"_machine{SUFFIX}"
-    with (folder / "lock").open("w") as lock:
+    with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(folder, library, flags)
+            _compile(objects, library, flags)
     loader = importlib.machinery.ExtensionFileLoader("_machine", str(library))
     spec = importlib.util.spec_from_loader("_machine", loader)
     assert spec is not None
@@ -58,22 +64,21 @@ def _vector_flags() -> tuple[str, ...]:
     return ("-mavx2", "-mfma") if has_avx2 else ()
 
 
-def _compile(folder: Path, library: Path, flags: tuple[str, ...]) -> None:
+def _compile(objects: dict[Path, Path], library: Path, flags: tuple[str, ...]) -> None:
     cxx = compiler()
     assert cxx is not None
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 
-    def compile_one(source: Path) -> str:
-        made = folder / f"{source.stem}.o"
-        _run([cxx, *flags, *includes, "-c", str(source), "-o", str(made)])
-        return str(made)
+    def compile_one(source: Path) -> None:
+        if not objects[source].exists():
+            partial = objects[source].with_suffix(".partial")
+            _run([cxx, *flags, *includes, "-c", str(source), "-o", str(partial)])
+            partial.replace(objects[source])
 
-    # The longest first.
-    sources = sorted(CORE.glob("*.cpp"), key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        list(pool.map(compile_one, objects))
     partial = library.with_suffix(".partial")
-    _run([cxx, "-shared", *objects, "-o", str(partial)])
+    _run([cxx, "-shared", *map(str, objects.values()), "-o", str(partial)])
     partial.replace(library)
 
 

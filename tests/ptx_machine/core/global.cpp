@@ -94,6 +94,7 @@ void Machine::commit_known(Warp& warp, const Knowledge& known) {
 }
 
 void Machine::commit_some(Cta& cta) {
+  if (cta.pending.empty()) return;
   for (u32 count = 1 + random(64); count > 0 && !cta.pending.empty(); --count) {
     auto chosen = cta.pending.begin();
     std::advance(chosen, random(std::min<u32>(static_cast<u32>(cta.pending.size()), 8)));

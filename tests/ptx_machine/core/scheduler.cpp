@@ -143,6 +143,9 @@ void Machine::run() {
     if (instructions - last_progress_ > kPatience) dead_end();
   }
   if (!flights_.empty()) throw Failure("a TMA load is on its way to a CTA that has left");
+  for (const auto& cluster : clusters_) {
+    for (const auto& cta : cluster->ctas) commit(*cta, 0, 0);
+  }
 }
 
 void Machine::engines() {
@@ -167,7 +170,10 @@ void Machine::engines() {
     BulkStore& store = warp.stores[random(static_cast<u32>(warp.stores.size()))];
     advance(warp, store, store.read);
   }
-  if (random(8) == 0) commit_some(*warp.cta);
+  if (random(8) == 0) {
+    const auto& cluster = *clusters_[random(static_cast<u32>(clusters_.size()))];
+    commit_some(*cluster.ctas[random(launch.cluster)]);
+  }
 }
 
 // Nobody is ready: the slowest parts of the machine move now. Returns whether one did.
@@ -194,7 +200,7 @@ bool Machine::move_something() {
         }
       }
       moved |= !cta->pending.empty();
-      if (!cta->pending.empty()) commit_some(*cta);
+      commit_some(*cta);
     }
   }
   if (moved) return true;
@@ -428,8 +434,7 @@ void Machine::finish(Warp& warp) {
   warp.stores.clear();
   progress();
   leave_barriers(cta);
-  if (--cta.live > 0) return;
-  commit(cta, 0, 0);
+  if (--cta.live > 0) return;  // and what it has stored may still be on its way
   Cluster& cluster = *cta.cluster;
   if (--cluster.live > 0) return;
   --active_;

@@ -1,0 +1,80 @@
+"""The machine is on trial: it must agree with code that is right on hardware, and notice faults."""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from ptx_machine import build
+from ptx_machine.faults import FAULTS, Planted, study
+from ptx_machine.parse import Kernel
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton compiles here", allow_module_level=True)
+from ptx_machine.calibration import FLAVOURS, Flavour
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+SWEEP = os.environ.get("PTX_SWEEP") == "1"  # make test-ptx
+SEEDS = range(16 if SWEEP else 3)
+RESIDENT = (1, 4, 2, 8)  # CTAs at a time
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=str)
+def test_the_machine_agrees_with_the_compiler(flavour: Flavour) -> None:
+    launch = flavour.launch()
+    results = []
+    for seed in SEEDS:
+        launch.check(launch.run(replace(launch.grid, seed=seed, resident=RESIDENT[seed % 4])))
+        results.append(launch.output.clone())
+    for other in results[1:]:
+        assert torch.equal(other, results[0]), "the order of events shows in the numbers"
+
+
+# Faults of which none may pass, wherever they are planted, and those of which some have no effect:
+# compilers' barriers and waits come in pairs, and K-major operands have no leading offset.
+ALWAYS = {
+    "A is read transposed",
+    "B is read transposed",
+    "the stride offset is 16 bytes off",
+    "a proxy fence is removed",
+    "a matrix is loaded or stored transposed",
+    "an mbarrier is not waited for",
+    "the phase waited for never flips",
+    "half of the bytes are expected",
+    "a release is relaxed",
+    "an acquire is relaxed",
+    "a store is removed",
+}
+SOMETIMES = {
+    "a barrier of the CTA is removed",
+    "cp.async waits for a group less",
+    "a product waits for a group less",
+    "wgmma.fence is removed",
+}
+# One flavour for each way of moving data and of synchronising.
+STUDIED = [FLAVOURS[i] for i in (range(len(FLAVOURS)) if SWEEP else (1, 4, 5, 8, 9, 14))]
+
+
+@pytest.mark.parametrize("flavour", STUDIED, ids=str)
+def test_planted_faults_are_noticed(flavour: Flavour) -> None:
+    launch = flavour.launch()
+
+    def attempts(kernel: Kernel) -> Iterator[Callable[[], None]]:
+        for seed in range(4):
+            grid = replace(launch.grid, seed=seed, resident=RESIDENT[seed])
+            yield lambda grid=grid: launch.check(launch.run(grid, kernel))
+
+    by_name: dict[str, list[Planted]] = defaultdict(list)
+    faults = [fault for fault in FAULTS if fault.name in ALWAYS | SOMETIMES]
+    for planted in study(launch.compiled.kernel, attempts, faults, 8 if SWEEP else 3):
+        by_name[planted.fault.name].append(planted)
+    assert len(by_name) >= 4
+    for name, found in by_name.items():
+        missed = [str(planted) for planted in found if not planted.noticed]
+        if name in ALWAYS:
+            assert not missed, missed
+        else:
+            assert len(missed) < len(found), missed

@@ -1,0 +1,197 @@
+"""Both GPU backends, as compiled: their PTX runs on the machine, from their own launches.
+
+In `make test` a choice of cases and schedules; `make test-ptx` tries them all.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from ptx_machine import build, cuda_backend
+from ptx_machine.faults import FAULTS, Fault, study
+from ptx_machine.machine import Machine
+from ptx_machine.parse import Kernel
+
+from lora_kernels import extension
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear import cuda, workspace
+from lora_kernels.ops.lora_linear.config import TileConfig
+from lora_kernels.testing import (
+    CASES,
+    FROZEN_CASES,
+    Case,
+    bf16,
+    check_backend,
+    check_frozen,
+    fp16,
+    fp32,
+    make_inputs,
+    poisoned_memory,
+    run_backend,
+)
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.filterwarnings("ignore:lora_linear. the cuda backend"),
+]
+SWEEP = os.environ.get("PTX_SWEEP") == "1"  # make test-ptx
+On = Callable[[Machine], Backend]
+
+
+def machines() -> Iterator[Machine]:
+    """Few and many CTAs, few and many of them at a time, and every way of timing them."""
+    yield Machine(seed=0, multiprocessors=1, resident=1)
+    yield Machine(seed=1, multiprocessors=8, resident=4)
+    yield Machine(seed=2, multiprocessors=5, resident=2)
+    for seed in range(3, 24 if SWEEP else 3):
+        yield Machine(seed=seed, multiprocessors=1 + seed % 7, resident=1 + seed % 5)
+
+
+def judge(on: On, case: Case) -> None:
+    """Right against float64, the same bits whatever the order of events, no race, no trace left."""
+    check_backend(on(Machine(seed=100, multiprocessors=6)), case)
+    first = None
+    for machine in machines():
+        with poisoned_memory():
+            results = run_backend(on(machine), case, make_inputs(case))
+        first = first or results
+        for name, one, other in zip(results._fields, first, results, strict=True):
+            if one is not None and other is not None:
+                assert torch.equal(one, other), f"{name} depends on the order of events in {case}"
+        words = workspace.reserve(1, torch.device("cpu"))
+        assert not words.any(), "the workspace must be zero between launches"
+
+
+def study_faults(
+    on: On, kernel: Kernel, case: Case, faults: tuple[Fault, ...] = FAULTS
+) -> dict[str, list[bool]]:
+    """Return, for each fault, in which of the places where it was planted it was noticed."""
+
+    def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
+        def edit(k: Kernel) -> Kernel:
+            return faulty if k is kernel else k
+
+        for seed in range(3):
+            machine = Machine(seed=seed, multiprocessors=(6, 2, 8)[seed], edit=edit)
+            yield lambda machine=machine: check_backend(on(machine), case)
+            workspace.reserve(1, torch.device("cpu")).zero_()
+
+    noticed: dict[str, list[bool]] = {}
+    for planted in study(kernel, attempts, faults, 6 if SWEEP else 2):
+        noticed.setdefault(planted.fault.name, []).append(bool(planted.noticed))
+        print(planted)
+    return noticed
+
+
+# --- CUDA C++ -----------------------------------------------------------------------------------------
+
+SUBSETS = ((True, False, False), (False, True, False), (False, False, True), (False, True, True))
+CUDA_CASES = (
+    Case(1, 8, 8, 8, bf16),
+    Case(64, 64, 64, 64, fp16),
+    # Two row blocks in a cluster; an odd number of them; several column blocks and rank tiles.
+    Case(256, 128, 256, 64, bf16),
+    Case(300, 520, 200, 72, fp16, bias=True),
+    Case(600, 72, 72, 8, bf16),
+    Case(129, 256, 320, 136, bf16, bias=True),
+    Case(67, 136, 88, 8, fp16, bias=True, dropout_p=0.1),
+    Case(257, 72, 520, 64, bf16, bias=True, dropout_p=0.5),
+    Case(200, 136, 264, 24, bf16, bias=True, strided=True, dropout_p=0.3),
+    *(Case(136, 72, 264, 24, bf16, dropout_p=p, needs=n) for n in SUBSETS for p in (0.0, 0.5)),
+    *(case for case in CASES if cuda.why_not(case.problem("cuda", 90)) == extension.why_absent()),
+)
+
+
+@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+def test_the_cuda_kernels_are_right(case: Case) -> None:
+    judge(cuda_backend.on, case)
+
+
+@pytest.mark.parametrize("case", FROZEN_CASES[:: 1 if SWEEP else 7], ids=str)
+def test_b_zero_is_the_frozen_layer_in_cuda(case: Case) -> None:
+    if cuda.why_not(case.problem("cuda", 90)) not in (None, extension.why_absent()):
+        pytest.skip("not for this backend")
+    check_frozen(cuda_backend.on(Machine()), case)
+
+
+# What the cases below must notice in at least one place.
+FAULTY = {
+    "forward": (Case(264, 328, 392, 24, bf16, bias=True), Case(136, 72, 264, 24, bf16)),
+    "backward": (Case(264, 72, 328, 24, bf16, dropout_p=0.5), Case(136, 264, 328, 8, bf16)),
+}
+
+
+@pytest.mark.parametrize("direction", FAULTY)
+def test_faults_planted_in_the_cuda_kernels_are_noticed(direction: str) -> None:
+    noticed: dict[str, list[bool]] = {}
+    kernel = cuda_backend.kernel(direction)
+    for case in FAULTY[direction][: 2 if SWEEP else 1]:
+        for name, found in study_faults(cuda_backend.on, kernel, case).items():
+            noticed.setdefault(name, []).extend(found)
+    caught = [name for name, found in noticed.items() if any(found)]
+    assert len(caught) >= 12, noticed
+
+
+# --- Triton -------------------------------------------------------------------------------------------
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Triton compiles here", allow_module_level=True)
+from ptx_machine import triton_backend  # noqa: E402
+
+SMALL = TileConfig(64, 64, 64, warps=4, stages=3, br=32)
+NARROW = TileConfig(16, 64, 64, warps=4, stages=4, br=32)
+WIDE = TileConfig(128, 256, 64, warps=8, stages=4)
+FP32 = TileConfig(64, 64, 16, warps=4, stages=3, br=32)
+
+# Sizes that TMA can address and others, R below 16 and above the rank tile, ragged everywhere.
+TRITON_CASES: tuple[tuple[int, TileConfig | None, Case], ...] = (
+    (80, SMALL, Case(130, 96, 136, 24, bf16, bias=True)),
+    (80, SMALL, Case(200, 90, 72, 5, fp16, bias=True, dropout_p=0.25)),
+    (80, SMALL, Case(67, 131, 89, 40, bf16, fp32, dropout_p=0.1)),
+    (80, NARROW, Case(40, 96, 200, 65, bf16, bias=True, strided=True)),
+    (80, FP32, Case(67, 70, 41, 17, fp32, bias=True)),
+    (90, SMALL, Case(200, 136, 264, 72, bf16, bias=True, dropout_p=0.3)),
+    (90, SMALL, Case(130, 90, 71, 20, fp16, bias=True)),
+    (90, NARROW, Case(130, 96, 72, 24, fp16, fp32, dropout_p=0.2)),
+    (90, WIDE, Case(264, 264, 328, 40, bf16, bias=True)),
+    *(
+        (arch, SMALL, Case(136, 72, 264, 24, bf16, dropout_p=0.5, needs=needs))
+        for arch, needs in zip((80, 90, 90, 90), SUBSETS, strict=True)
+    ),
+    *(
+        (arch, None, case)
+        for arch in ((80, 90) if SWEEP else ())
+        for case in CASES
+        if min(case[:3]) > 0 and case.dtype.itemsize < 8
+    ),
+)
+
+
+def on(arch: int, config: TileConfig | None) -> On:
+    return lambda machine: triton_backend.on(machine, arch, config)
+
+
+@pytest.mark.parametrize(("arch", "config", "case"), TRITON_CASES, ids=str)
+def test_the_triton_kernels_are_right(arch: int, config: TileConfig | None, case: Case) -> None:
+    judge(on(arch, config), case)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", FROZEN_CASES[:: 1 if SWEEP else 13], ids=str)
+def test_b_zero_is_the_frozen_layer_in_triton(arch: int, case: Case) -> None:
+    config = FP32 if case.dtype == fp32 else SMALL
+    check_frozen(on(arch, config)(Machine()), case)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_faults_planted_in_the_triton_kernels_are_noticed(arch: int, direction: str) -> None:
+    case = Case(136, 96, 328, 40, bf16, bias=True, dropout_p=0.5)
+    machine = Machine()
+    run_backend(on(arch, SMALL)(machine), case, make_inputs(case))
+    kernel = machine.runs[direction == "backward"].kernel
+    noticed = study_faults(on(arch, SMALL), kernel, case)
+    caught = [name for name, found in noticed.items() if any(found)]
+    assert len(caught) >= (6 if arch == 80 else 12), noticed

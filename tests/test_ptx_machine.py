@@ -54,7 +54,7 @@ def store_lane(value: str, kind: str, size: int) -> str:
     """
 
 
-# --- Opcodes ----------------------------------------------------------------------------------------
+# --- Opcodes --------------------------------------------------------------------------------------
 
 NUMBERS = [0, 1, 7, -1, -7, 2**31 - 1, -(2**31), 0x12345678]
 
@@ -85,7 +85,7 @@ def wrapped(value: int) -> int:
         ("shl.b32", lambda a, b: a << (b % 2**32) if b % 2**32 < 32 else 0),
         ("shr.s32", lambda a, b: a >> min(b % 2**32, 31)),
         ("shr.u32", lambda a, b: (a % 2**32) >> min(b % 2**32, 32)),
-        ("div.s32", lambda a, b: int(math.trunc(a / b)) if b else -1),
+        ("div.s32", lambda a, b: math.trunc(a / b) if b else -1),
         ("rem.u32", lambda a, b: (a % 2**32) % (b % 2**32) if b else a),
     ],
 )
@@ -161,11 +161,11 @@ def test_what_is_not_known_is_named(statement: str, named: str) -> None:
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    with pytest.raises(PtxSyntaxError, match="line 10.*whatever"):
+    with pytest.raises(PtxSyntaxError, match=r"line 10.*whatever"):
         program("mov.u32 %r0, whatever;")
 
 
-# --- Divergence ---------------------------------------------------------------------------------------
+# --- Divergence -----------------------------------------------------------------------------------
 
 LOOP = """
     mov.u32 %r0, %laneid;
@@ -190,11 +190,20 @@ def test_lanes_part_and_meet_again() -> None:
 
 
 def test_lanes_that_never_meet_are_reported() -> None:
-    body = "mov.u32 %r0, %laneid; setp.lt.u32 %p0, %r0, 4; @%p0 bra a; bar.sync 0; bra e;\na: bar.sync 1;\ne:"
+    body = """
+    mov.u32 %r0, %laneid;
+    setp.lt.u32 %p0, %r0, 4;
+    @%p0 bra few;
+    bar.sync 0;
+    bra end;
+few:
+    bar.sync 1;
+end:
+"""
     assert "never come together" in launch(body).failure
 
 
-# --- Memory -------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 def test_nothing_outside_of_a_tensor_is_touched() -> None:
@@ -305,7 +314,7 @@ def test_sectors_are_counted(stride: int, sectors: int) -> None:
     assert count[2:4] == (sectors, 128)
 
 
-# --- Clusters and barriers ------------------------------------------------------------------------------
+# --- Clusters and barriers ------------------------------------------------------------------------
 
 
 def test_a_ctas_own_shared_addresses_carry_its_rank() -> None:
@@ -360,11 +369,13 @@ done:
 def test_a_dead_end_says_where_everybody_is() -> None:
     failure = launch(STUCK, threads=1).failure
     assert "nothing moves any more" in failure
-    assert "CTA 0 warp 0: line 14 (mbarrier.try_wait" in failure or "CTA 0 warp 0: line 1" in failure
+    assert (
+        "CTA 0 warp 0: line 14 (mbarrier.try_wait" in failure or "CTA 0 warp 0: line 1" in failure
+    )
     assert "parity 0 of the mbarrier at 1024, which wants 1 arrivals and 0 bytes" in failure
 
 
-# --- TMA --------------------------------------------------------------------------------------------------
+# --- TMA ------------------------------------------------------------------------------------------
 
 BOX = """
     ld.param.u64 %d0, [p0];
@@ -373,7 +384,8 @@ BOX = """
     add.s32 %r8, %r9, 2048;
     mbarrier.init.shared::cta.b64 [%r8], 1;
     mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r8], 1024;
-    cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%d0, {{4, 12}}], [%r8];
+    cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
+        [%r9], [%d0, {{4, 12}}], [%r8];
 again:
     {wait}
     ld.shared.b32 %r1, [window];

@@ -18,7 +18,15 @@ import pybind11
 
 CORE = Path(__file__).parent / "core"
 BUILD = Path(__file__).parents[2] / "build" / "ptx_machine"
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+)
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 

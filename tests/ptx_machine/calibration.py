@@ -14,8 +14,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ptx_machine.launch import Grid, Memory, Run, run
 from ptx_machine.triton_compile import Compiled, compile_kernel
 
-# ruff: noqa: ANN001 (Triton's own signatures)
-
 
 @triton.jit
 def _tile(pid, grid_m, grid_n):
@@ -50,7 +48,7 @@ def by_descriptors(
     a, b, c, M, N, K, MAJOR_A: tl.constexpr, MAJOR_B: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The same through TMA; an operand lies in memory with K ("k") or the other direction inside."""
+    """The same through TMA; K ("k") or the other direction of an operand is contiguous."""
     pid_m, pid_n = _tile(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN))
     m, n = pid_m * BM, pid_n * BN
     acc = tl.zeros((BM, BN), tl.float32)
@@ -62,9 +60,7 @@ def by_descriptors(
 
 
 @triton.jit
-def persistent(
-    a, b, c, ticket, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+def persistent(a, b, c, ticket, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """The same by programs that take tiles from a counter until there are none."""
     grid_m, grid_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     tile = tl.atomic_add(ticket, 1)
@@ -78,9 +74,7 @@ def persistent(
 
 
 @triton.jit
-def split_k(
-    a, b, c, partial, flag, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
+def split_k(a, b, c, partial, flag, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Two programs a tile, each for half of K: the first hands its sum to the second by a flag."""
     grid_m, grid_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     half = tl.program_id(0) // (grid_m * grid_n)

@@ -15,12 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import cuda_builds
+import pytest
 import torch
 from torch import Tensor
 
 from lora_kernels import extension
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import cuda
+from lora_kernels.ops.lora_linear.problem import Problem
 from ptx_machine.launch import Grid, Memory
 from ptx_machine.machine import Machine, inputs
 from ptx_machine.parse import Kernel, parse
@@ -43,6 +45,13 @@ def kernel(direction: str, dtype: torch.dtype = torch.bfloat16) -> Kernel:
     element = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}[dtype]
     (found,) = (k for name, k in kernels().items() if direction in name and element in name)
     return found
+
+
+def takes(problem: Problem) -> bool:
+    """Whether the backend runs `problem` where it is built and a Hopper GPU is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "why_absent", lambda: None)
+        return cuda.why_not(problem._replace(device="cuda", arch=90)) is None
 
 
 def on(machine: Machine) -> Backend:

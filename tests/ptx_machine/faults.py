@@ -131,11 +131,17 @@ def _no_multicast_to(cta: int) -> Callable[[Statement], Change | None]:
 FAULTS = (
     Fault("a barrier of the CTA is removed", _removed(r"bar(rier)?(\.cta)?\.sync(\.aligned)?")),
     Fault("a barrier of the cluster is removed", _removed(r"barrier\.cluster\..*")),
-    Fault("cp.async waits for a group less", _number(r"^cp\.async\.wait_group", 0, lambda n: n + 1)),
+    Fault(
+        "cp.async waits for a group less", _number(r"^cp\.async\.wait_group", 0, lambda n: n + 1)
+    ),
     Fault("a product waits for a group less", _number(r"^wgmma\.wait_group", 0, lambda n: n + 1)),
     Fault("wgmma.fence is removed", _removed(r"wgmma\.fence\..*")),
-    Fault("a release is relaxed", _renamed(r"\b(release|acq_rel)(?=\.add|\.exch|\.cas)", "relaxed")),
-    Fault("an acquire is relaxed", _renamed(r"^((?:ld|atom)\.global\.gpu)\.acquire", r"\1.relaxed")),
+    Fault(
+        "a release is relaxed", _renamed(r"\b(release|acq_rel)(?=\.add|\.exch|\.cas)", "relaxed")
+    ),
+    Fault(
+        "an acquire is relaxed", _renamed(r"^((?:ld|atom)\.global\.gpu)\.acquire", r"\1.relaxed")
+    ),
     Fault("a fence is removed", _removed(r"fence\.acq_rel\..*|membar\..*")),
     Fault("a proxy fence is removed", _removed(r"fence\.proxy\..*")),
     Fault("a matrix is loaded or stored transposed", _toggled_transposition),
@@ -147,12 +153,21 @@ FAULTS = (
     Fault("an mbarrier is not waited for", _wait(None)),
     Fault("half of the bytes are expected", _number(r"expect_tx", 2, lambda n: n // 2)),
     Fault("an arrival is removed", _removed(r"mbarrier\.arrive(?!\.expect).*")),
-    Fault("a remote release is for the own CTA", _renamed(r"arrive\.release\.cluster", "arrive.release.cta")),
-    Fault("TMA stores' shared memory is reused early", _number(r"bulk\.wait_group\.read", 0, lambda n: n + 1)),
-    Fault("read stands for written", _renamed(r"^cp\.async\.bulk\.wait_group$", "cp.async.bulk.wait_group.read")),
+    Fault(
+        "a remote release is for the own CTA",
+        _renamed(r"arrive\.release\.cluster", "arrive.release.cta"),
+    ),
+    Fault(
+        "TMA stores' shared memory is reused early",
+        _number(r"bulk\.wait_group\.read", 0, lambda n: n + 1),
+    ),
+    Fault(
+        "read stands for written",
+        _renamed(r"^cp\.async\.bulk\.wait_group$", "cp.async.bulk.wait_group.read"),
+    ),
     Fault("a store is removed", _removed(r"st\.global\..*")),
     Fault("an addition is removed", _removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
-)  # fmt: skip
+)
 
 
 class Planted(NamedTuple):
@@ -191,5 +206,3 @@ def _failure(attempt: Callable[[], object]) -> str:
     except AssertionError as wrong:
         return f"wrong numbers: {str(wrong)[:80]}"
     return ""
-
-

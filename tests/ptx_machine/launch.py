@@ -15,7 +15,7 @@ from ptx_machine.parse import Kernel
 MAGIC = 0x70616D726F736E74  # as in core/tensor_map.h
 
 
-class Wrong(AssertionError):
+class Wrong(AssertionError):  # noqa: N818 (reads as what happened)
     """A run that stopped, raced or left something in flight."""
 
 

@@ -248,9 +248,8 @@ class _Body:
             return "i", self.parameters[text], ""
         if text in self.registers:
             return "r", self.registers[text], ""
-        if m := re.fullmatch(r"(%[A-Za-z_$]+)\d+", text):
-            if m[1] in self.families:
-                return "r", self.add_register(text, self.families[m[1]]), ""
+        if (m := re.fullmatch(r"(%[A-Za-z_$]+)\d+", text)) and m[1] in self.families:
+            return "r", self.add_register(text, self.families[m[1]]), ""
         if re.fullmatch(r"%[a-z]\w*(\.[xyz])?", text):
             return "x", 0, text
         raise PtxSyntaxError(f"operand {text!r}")

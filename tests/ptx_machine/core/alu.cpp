@@ -50,7 +50,8 @@ void ternary(Table& table, const std::string& name, F f) {
   (add_one<Types, typename Types::type, 3>(table, name, f), ...);
 }
 
-// --- Shifts, whose count is a u32 whatever is shifted -------------------------------------------------
+// --- Shifts, whose count is a u32 whatever is shifted
+// -------------------------------------------------
 
 template <class T, bool kLeft>
 void shift(Machine&, Warp& w, const Instruction& i, Mask lanes) {
@@ -72,24 +73,29 @@ void shift(Machine&, Warp& w, const Instruction& i, Mask lanes) {
 
 template <bool kLeft, class... Types>
 void shifts(Table& table, const std::string& name) {
-  (table.add(name + "." + Types::name, [](Decoder& d) {
-    d.out(0, sizeof(typename Types::type));
-    d.in(1, sizeof(typename Types::type));
-    d.in(2, 4);
-    d.made.run = shift<typename Types::type, kLeft>;
-  }), ...);
+  (table.add(name + "." + Types::name,
+             [](Decoder& d) {
+               d.out(0, sizeof(typename Types::type));
+               d.in(1, sizeof(typename Types::type));
+               d.in(2, 4);
+               d.made.run = shift<typename Types::type, kLeft>;
+             }),
+   ...);
 }
 
-// --- Wide products ------------------------------------------------------------------------------------
+// --- Wide products
+// ------------------------------------------------------------------------------------
 
 template <class To, class From, bool kAdds>
 void wide(Machine&, Warp& w, const Instruction& i, Mask lanes) {
   To result[kLanes];
   const From *a = w.lanes<From>(i.in[0]), *b = w.lanes<From>(i.in[1]);
-  for (int l = 0; l < kLanes; ++l) result[l] = static_cast<To>(static_cast<To>(a[l]) * static_cast<To>(b[l]));
+  for (int l = 0; l < kLanes; ++l)
+    result[l] = static_cast<To>(static_cast<To>(a[l]) * static_cast<To>(b[l]));
   if constexpr (kAdds) {
     const To* c = w.lanes<To>(i.in[2]);
-    for (int l = 0; l < kLanes; ++l) result[l] = static_cast<To>(static_cast<u64>(result[l]) + static_cast<u64>(c[l]));
+    for (int l = 0; l < kLanes; ++l)
+      result[l] = static_cast<To>(static_cast<u64>(result[l]) + static_cast<u64>(c[l]));
   }
   w.write(i.out[0], result, lanes);
 }
@@ -107,7 +113,8 @@ void wides(Table& table) {
   });
 }
 
-// --- Comparisons and predicates -------------------------------------------------------------------------
+// --- Comparisons and predicates
+// -------------------------------------------------------------------------
 
 template <class T>
 bool compare(int how, T a, T b) {
@@ -120,12 +127,18 @@ bool compare(int how, T a, T b) {
     if (how >= 6) how -= 6;
   }
   switch (how) {
-    case 0: return a == b;
-    case 1: return a != b;
-    case 2: return a < b;
-    case 3: return a <= b;
-    case 4: return a > b;
-    default: return a >= b;
+    case 0:
+      return a == b;
+    case 1:
+      return a != b;
+    case 2:
+      return a < b;
+    case 3:
+      return a <= b;
+    case 4:
+      return a > b;
+    default:
+      return a >= b;
   }
 }
 
@@ -134,7 +147,8 @@ template <class T>
 void set_predicate(Machine&, Warp& w, const Instruction& i, Mask lanes) {
   const T *a = w.lanes<T>(i.in[0]), *b = w.lanes<T>(i.in[1]);
   Mask p = 0;
-  for (int l = 0; l < kLanes; ++l) p |= static_cast<Mask>(compare(static_cast<int>(i.number[0]), a[l], b[l])) << l;
+  for (int l = 0; l < kLanes; ++l)
+    p |= static_cast<Mask>(compare(static_cast<int>(i.number[0]), a[l], b[l])) << l;
   Mask q = ~p;
   if (i.in.size() > 2) {
     const Mask c = i.number[2] ? ~w.predicate(i.in[2]) : w.predicate(i.in[2]);
@@ -147,9 +161,9 @@ void set_predicate(Machine&, Warp& w, const Instruction& i, Mask lanes) {
 template <class... Types>
 void comparisons(Table& table) {
   table.family("setp", [](Decoder& d) {
-    static const std::vector<std::string> kHow = {"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu",
-                                                  "ltu", "leu", "gtu", "geu", "num", "nan",
-                                                  "lo", "ls", "hi", "hs"};
+    static const std::vector<std::string> kHow = {"eq",  "ne",  "lt",  "le",  "gt",  "ge",
+                                                  "equ", "neu", "ltu", "leu", "gtu", "geu",
+                                                  "num", "nan", "lo",  "ls",  "hi",  "hs"};
     int how = d.modifiers.take_one(kHow);
     if (how > 13) how -= 12;  // the unsigned names of lt, le, gt, ge
     const int boolean = d.modifiers.take_any({"and", "or", "xor"}, -1);
@@ -157,8 +171,10 @@ void comparisons(Table& table) {
     d.made.number = {how, boolean};
     d.out_predicate(0);
     if (d.parts(0) > 1) d.out_predicate(0, 1);
-    ((type == Types::name && (d.in(1, sizeof(typename Types::type)), d.in(2, sizeof(typename Types::type)),
-                              d.made.run = set_predicate<typename Types::type>, true)) || ...);
+    ((type == Types::name &&
+      (d.in(1, sizeof(typename Types::type)), d.in(2, sizeof(typename Types::type)),
+       d.made.run = set_predicate<typename Types::type>, true)) ||
+     ...);
     if (d.made.run == nullptr) throw Failure("it does not compare ." + type);
     if (boolean >= 0) d.in_predicate(3);
   });
@@ -187,24 +203,32 @@ void select(Machine&, Warp& w, const Instruction& i, Mask lanes) {
 
 template <class... Types>
 void selections(Table& table) {
-  (table.add(std::string("selp.") + Types::name, [](Decoder& d) {
-    using T = typename Types::type;
-    d.out(0, sizeof(T)), d.in(1, sizeof(T)), d.in(2, sizeof(T)), d.in_predicate(3);
-    d.made.run = select<T>;
-  }), ...);
+  (table.add(std::string("selp.") + Types::name,
+             [](Decoder& d) {
+               using T = typename Types::type;
+               d.out(0, sizeof(T)), d.in(1, sizeof(T)), d.in(2, sizeof(T)), d.in_predicate(3);
+               d.made.run = select<T>;
+             }),
+   ...);
 }
 
-// --- Bit fields -----------------------------------------------------------------------------------------
+// --- Bit fields
+// -----------------------------------------------------------------------------------------
 
 template <class T>
 T extract(T value, u32 position, u32 length) {
   constexpr u32 kBits = 8 * sizeof(T);
   position &= 255, length &= 255;
-  const auto bit = [&](u32 at) { return static_cast<Unsigned<T>>(value) >> std::min(at, kBits - 1) & 1; };
-  const Unsigned<T> fill = std::is_signed_v<T> && length != 0 ? bit(std::min(position + length - 1, kBits - 1)) : 0;
+  const auto bit = [&](u32 at) {
+    return static_cast<Unsigned<T>>(value) >> std::min(at, kBits - 1) & 1;
+  };
+  const Unsigned<T> fill =
+      std::is_signed_v<T> && length != 0 ? bit(std::min(position + length - 1, kBits - 1)) : 0;
   Unsigned<T> result = 0;
   for (u32 i = 0; i < kBits; ++i) {
-    result |= static_cast<Unsigned<T>>(i < length && position + i < kBits ? bit(position + i) : fill) << i;
+    result |=
+        static_cast<Unsigned<T>>(i < length && position + i < kBits ? bit(position + i) : fill)
+        << i;
   }
   return static_cast<T>(result);
 }
@@ -220,18 +244,21 @@ void field(Machine&, Warp& w, const Instruction& i, Mask lanes) {
 
 template <class... Types>
 void fields(Table& table) {
-  (table.add(std::string("bfe.") + Types::name, [](Decoder& d) {
-    using T = typename Types::type;
-    d.out(0, sizeof(T)), d.in(1, sizeof(T)), d.in(2, 4), d.in(3, 4);
-    d.made.run = field<T>;
-  }), ...);
+  (table.add(std::string("bfe.") + Types::name,
+             [](Decoder& d) {
+               using T = typename Types::type;
+               d.out(0, sizeof(T)), d.in(1, sizeof(T)), d.in(2, 4), d.in(3, 4);
+               d.made.run = field<T>;
+             }),
+   ...);
 }
 
 u32 insert(u32 a, u32 b, u32 position, u32 length) {
   position &= 255, length &= 255;
   const u64 ones = length >= 32 ? 0xFFFFFFFFull : (1ull << length) - 1;
   const u64 mask = position >= 32 ? 0 : ones << position;
-  return static_cast<u32>((b & ~mask) | (position >= 32 ? 0 : (static_cast<u64>(a) << position & mask)));
+  return static_cast<u32>((b & ~mask) |
+                          (position >= 32 ? 0 : (static_cast<u64>(a) << position & mask)));
 }
 
 u32 permute(u32 a, u32 b, u32 selector) {
@@ -266,11 +293,13 @@ void add_arithmetic(Table& t) {
   const auto plus = [](auto a, auto b) { return a + b; };
   const auto minus = [](auto a, auto b) { return a - b; };
   const auto times = [](auto a, auto b) { return a * b; };
-  const auto wrapped = [](auto a, auto b) {
-    return static_cast<u64>(a) * static_cast<u64>(b);
+  const auto wrapped = [](auto a, auto b) { return static_cast<u64>(a) * static_cast<u64>(b); };
+  const auto wrapped_plus = [](auto a, auto b) {
+    return static_cast<u64>(a) + static_cast<u64>(b);
   };
-  const auto wrapped_plus = [](auto a, auto b) { return static_cast<u64>(a) + static_cast<u64>(b); };
-  const auto wrapped_minus = [](auto a, auto b) { return static_cast<u64>(a) - static_cast<u64>(b); };
+  const auto wrapped_minus = [](auto a, auto b) {
+    return static_cast<u64>(a) - static_cast<u64>(b);
+  };
   // A NaN loses to a number.
   const auto least = [](auto a, auto b) { return b < a || a != a ? b : a; };
   const auto most = [](auto a, auto b) { return b > a || a != a ? b : a; };
@@ -281,7 +310,8 @@ void add_arithmetic(Table& t) {
   binary<U16, S16, U32, S32, U64, S64>(t, "mul.lo", wrapped);
   binary<U32>(t, "mul.hi", [](u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; });
   binary<S32>(t, "mul.hi", [](s32 a, s32 b) { return static_cast<s64>(a) * b >> 32; });
-  binary<U64>(t, "mul.hi", [](u64 a, u64 b) { return static_cast<unsigned __int128>(a) * b >> 64; });
+  binary<U64>(t, "mul.hi",
+              [](u64 a, u64 b) { return static_cast<unsigned __int128>(a) * b >> 64; });
   ternary<U16, S16, U32, S32, U64, S64>(t, "mad.lo", [](auto a, auto b, auto c) {
     return static_cast<u64>(a) * static_cast<u64>(b) + static_cast<u64>(c);
   });
@@ -292,7 +322,8 @@ void add_arithmetic(Table& t) {
   binary<U16, S16, U32, S32, U64, S64>(t, "div", [](auto a, auto b) {
     using T = decltype(a);
     if (b == 0) return static_cast<T>(~T{0});
-    if (std::is_signed_v<T> && b == static_cast<T>(-1)) return static_cast<T>(0 - static_cast<u64>(a));
+    if (std::is_signed_v<T> && b == static_cast<T>(-1))
+      return static_cast<T>(0 - static_cast<u64>(a));
     return static_cast<T>(a / b);
   });
   binary<U16, S16, U32, S32, U64, S64>(t, "rem", [](auto a, auto b) {
@@ -303,7 +334,8 @@ void add_arithmetic(Table& t) {
   });
   binary<U16, S16, U32, S32, U64, S64>(t, "min", least);
   binary<U16, S16, U32, S32, U64, S64>(t, "max", most);
-  unary<S16, S32, S64>(t, "abs", [](auto a) { return a < 0 ? 0 - static_cast<u64>(a) : static_cast<u64>(a); });
+  unary<S16, S32, S64>(
+      t, "abs", [](auto a) { return a < 0 ? 0 - static_cast<u64>(a) : static_cast<u64>(a); });
   unary<S16, S32, S64>(t, "neg", [](auto a) { return 0 - static_cast<u64>(a); });
 
   // Bits
@@ -313,15 +345,23 @@ void add_arithmetic(Table& t) {
   unary<B16, B32, B64>(t, "not", [](auto a) { return ~a; });
   shifts<true, B16, B32, B64>(t, "shl");
   shifts<false, B16, B32, B64, U16, U32, U64, S16, S32, S64>(t, "shr");
-  ternary<B32>(t, "shf.l.wrap", [](u32 a, u32 b, u32 c) { return (static_cast<u64>(b) << 32 | a) << (c & 31) >> 32; });
-  ternary<B32>(t, "shf.r.wrap", [](u32 a, u32 b, u32 c) { return (static_cast<u64>(b) << 32 | a) >> (c & 31); });
-  ternary<B32>(t, "shf.l.clamp", [](u32 a, u32 b, u32 c) { return c >= 32 ? a : static_cast<u32>((static_cast<u64>(b) << 32 | a) << c >> 32); });
-  ternary<B32>(t, "shf.r.clamp", [](u32 a, u32 b, u32 c) { return (static_cast<u64>(b) << 32 | a) >> std::min(c, 32u); });
+  ternary<B32>(t, "shf.l.wrap", [](u32 a, u32 b, u32 c) {
+    return (static_cast<u64>(b) << 32 | a) << (c & 31) >> 32;
+  });
+  ternary<B32>(t, "shf.r.wrap",
+               [](u32 a, u32 b, u32 c) { return (static_cast<u64>(b) << 32 | a) >> (c & 31); });
+  ternary<B32>(t, "shf.l.clamp", [](u32 a, u32 b, u32 c) {
+    return c >= 32 ? a : static_cast<u32>((static_cast<u64>(b) << 32 | a) << c >> 32);
+  });
+  ternary<B32>(t, "shf.r.clamp", [](u32 a, u32 b, u32 c) {
+    return (static_cast<u64>(b) << 32 | a) >> std::min(c, 32u);
+  });
   fields<U32, S32, U64, S64>(t);
   t.add("bfi.b32", [](Decoder& d) {
     d.out(0, 4);
     for (int i = 1; i <= 4; ++i) d.in(i, 4);
-    d.made.run = run<u32, u32, decltype([](u32 a, u32 b, u32 c, u32 e) { return insert(a, b, c, e); }), 4>;
+    d.made.run =
+        run<u32, u32, decltype([](u32 a, u32 b, u32 c, u32 e) { return insert(a, b, c, e); }), 4>;
   });
   ternary<B32>(t, "prmt", [](u32 a, u32 b, u32 c) { return permute(a, b, c); });
   unary<B32>(t, "popc", [](u32 a) { return __builtin_popcount(a); });
@@ -348,9 +388,12 @@ void add_arithmetic(Table& t) {
   for (const char* how : {"div.rn", "div.full", "div.approx"}) {
     binary<F32>(t, how, [](float a, float b) { return a / b; });
   }
-  for (const char* how : {"rcp.rn", "rcp.approx", "rcp.approx.ftz"}) unary<F32>(t, how, [](float a) { return 1 / a; });
-  for (const char* how : {"sqrt.rn", "sqrt.approx"}) unary<F32>(t, how, [](float a) { return std::sqrt(a); });
-  for (const char* how : {"ex2.approx", "ex2.approx.ftz"}) unary<F32>(t, how, [](float a) { return std::exp2(a); });
+  for (const char* how : {"rcp.rn", "rcp.approx", "rcp.approx.ftz"})
+    unary<F32>(t, how, [](float a) { return 1 / a; });
+  for (const char* how : {"sqrt.rn", "sqrt.approx"})
+    unary<F32>(t, how, [](float a) { return std::sqrt(a); });
+  for (const char* how : {"ex2.approx", "ex2.approx.ftz"})
+    unary<F32>(t, how, [](float a) { return std::exp2(a); });
   unary<F32, F64>(t, "abs", [](auto a) { return std::fabs(a); });
   unary<F32, F64>(t, "neg", [](auto a) { return -a; });
   binary<F32, F64>(t, "min", least);

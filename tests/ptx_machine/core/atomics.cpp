@@ -6,11 +6,36 @@ namespace {
 
 enum Number { kOffsetNumber, kOrder, kScope, kReturns };
 
-struct Add { template <class T> T operator()(T old, T value, T) const { return static_cast<T>(old + value); } };
-struct Exchange { template <class T> T operator()(T, T value, T) const { return value; } };
-struct Compare { template <class T> T operator()(T old, T expected, T value) const { return old == expected ? value : old; } };
-struct Least { template <class T> T operator()(T old, T value, T) const { return std::min(old, value); } };
-struct Most { template <class T> T operator()(T old, T value, T) const { return std::max(old, value); } };
+struct Add {
+  template <class T>
+  T operator()(T old, T value, T) const {
+    return static_cast<T>(old + value);
+  }
+};
+struct Exchange {
+  template <class T>
+  T operator()(T, T value, T) const {
+    return value;
+  }
+};
+struct Compare {
+  template <class T>
+  T operator()(T old, T expected, T value) const {
+    return old == expected ? value : old;
+  }
+};
+struct Least {
+  template <class T>
+  T operator()(T old, T value, T) const {
+    return std::min(old, value);
+  }
+};
+struct Most {
+  template <class T>
+  T operator()(T old, T value, T) const {
+    return std::max(old, value);
+  }
+};
 
 template <class T, class Operation>
 void run(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
@@ -47,11 +72,16 @@ void run(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
 template <class T>
 Handler choose(int operation) {
   switch (operation) {
-    case 0: return run<T, Add>;
-    case 1: return run<T, Exchange>;
-    case 2: return run<T, Compare>;
-    case 3: return run<T, Least>;
-    default: return run<T, Most>;
+    case 0:
+      return run<T, Add>;
+    case 1:
+      return run<T, Exchange>;
+    case 2:
+      return run<T, Compare>;
+    case 3:
+      return run<T, Least>;
+    default:
+      return run<T, Most>;
   }
 }
 
@@ -64,16 +94,23 @@ void decode(Decoder& d) {
   const int operation = d.modifiers.take_one({"add", "exch", "cas", "min", "max"});
   const std::string type = d.modifiers.take_type();
   const int bytes = type_bytes(type), address = kReturning ? 1 : 0;
-  d.made.number = {d.address(address, 8), static_cast<s64>(order), static_cast<s64>(scope), kReturning};
+  d.made.number = {d.address(address, 8), static_cast<s64>(order), static_cast<s64>(scope),
+                   kReturning};
   if (kReturning) d.out(0, bytes);
   d.in(address + 1, bytes);
   if (operation == 2) d.in(address + 2, bytes);
-  if (type == "f32" && operation == 0) d.made.run = run<float, Add>;
-  else if (type == "s32") d.made.run = choose<s32>(operation);
-  else if (type == "s64") d.made.run = choose<s64>(operation);
-  else if (type == "u32" || type == "b32") d.made.run = choose<u32>(operation);
-  else if (type == "u64" || type == "b64") d.made.run = choose<u64>(operation);
-  else throw Failure("an atomic of a type that is not modelled");
+  if (type == "f32" && operation == 0)
+    d.made.run = run<float, Add>;
+  else if (type == "s32")
+    d.made.run = choose<s32>(operation);
+  else if (type == "s64")
+    d.made.run = choose<s64>(operation);
+  else if (type == "u32" || type == "b32")
+    d.made.run = choose<u32>(operation);
+  else if (type == "u64" || type == "b64")
+    d.made.run = choose<u64>(operation);
+  else
+    throw Failure("an atomic of a type that is not modelled");
   d.made.flow = Flow::kSwitch;
 }
 

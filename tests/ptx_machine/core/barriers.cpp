@@ -3,7 +3,8 @@
 
 namespace ptx {
 
-// --- bar.sync: the warps of a CTA ------------------------------------------------------------------
+// --- bar.sync: the warps of a CTA
+// ------------------------------------------------------------------
 
 void Machine::release(CtaBarrier& barrier) {
   for (Warp* warp : barrier.waiting) {
@@ -93,7 +94,8 @@ void decode_bar(Decoder& d) {
   d.made.run = bar;
 }
 
-// --- barrier.cluster ---------------------------------------------------------------------------------
+// --- barrier.cluster
+// ---------------------------------------------------------------------------------
 
 void cluster_arrive(Machine& m, Warp& w, const Instruction& i, Mask) {
   Cluster& cluster = *w.cta->cluster;
@@ -118,8 +120,9 @@ void cluster_wait(Machine& m, Warp& w, const Instruction& i, Mask) {
   if (!w.cluster_arrived) m.fail(w, "a wait for the cluster without an arrival");
   if (cluster.phase == w.cluster_phase) {
     w.again = true;
-    m.sleep(w, cluster.waiting, "the cluster, of whose " + std::to_string(cluster.size) + " warps " +
-                                    std::to_string(cluster.arrived) + " have arrived");
+    m.sleep(w, cluster.waiting,
+            "the cluster, of whose " + std::to_string(cluster.size) + " warps " +
+                std::to_string(cluster.arrived) + " have arrived");
     return;
   }
   w.cluster_arrived = false;
@@ -137,7 +140,8 @@ void decode_cluster(Decoder& d) {
   d.made.run = kind == 0 ? cluster_arrive : cluster_wait;
 }
 
-// --- mbarriers -----------------------------------------------------------------------------------------
+// --- mbarriers
+// -----------------------------------------------------------------------------------------
 
 enum Number { kOffsetNumber, kClusterSpace, kClusterScope, kRelaxed, kExpects, kArrives };
 
@@ -168,7 +172,9 @@ void init(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     if (barrier.expected == 0) m.fail(w, "an mbarrier that expects nobody");
     barrier.transactions = 0;
     barrier.phase = 0;
-    for (Knowledge* k : {&barrier.coming[0], &barrier.coming[1], &barrier.complete[0], &barrier.complete[1]}) k->clear();
+    for (Knowledge* k :
+         {&barrier.coming[0], &barrier.coming[1], &barrier.complete[0], &barrier.complete[1]})
+      k->clear();
   }
 }
 
@@ -179,7 +185,8 @@ void invalidate(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     Cta& cta = m.owner(w, address, false);
     MBarrier& barrier = m.mbarrier(w, cta, address);
     m.touch_shared(cta, address, 8, {w.agent(kWrite), w.time, w.pc(), true}, w.known);
-    if (barrier.transactions != 0) m.report(w, "an mbarrier with bytes on their way is invalidated");
+    if (barrier.transactions != 0)
+      m.report(w, "an mbarrier with bytes on their way is invalidated");
     barrier.live = false;
   }
 }
@@ -235,10 +242,11 @@ void try_wait(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     const u32 parity = static_cast<u32>(w.value(i.in[1], l)) & 1;
     if ((barrier.phase & 1) == parity) {
       if (w.state == Warp::kReady) {
-        m.sleep(w, barrier.waiting, "the end of a phase of parity " + std::to_string(parity) +
-                                        " of the mbarrier at " + std::to_string(address & kOffset) +
-                                        ", which wants " + std::to_string(barrier.pending) + " arrivals and " +
-                                        std::to_string(barrier.transactions) + " bytes");
+        m.sleep(w, barrier.waiting,
+                "the end of a phase of parity " + std::to_string(parity) + " of the mbarrier at " +
+                    std::to_string(address & kOffset) + ", which wants " +
+                    std::to_string(barrier.pending) + " arrivals and " +
+                    std::to_string(barrier.transactions) + " bytes");
       }
     } else if (m.random(16) != 0) {  // it may come back without cause
       if (!i.number[kRelaxed]) w.known.join(barrier.complete[i.number[kClusterScope]]);
@@ -251,7 +259,8 @@ void try_wait(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
 
 void decode_mbarrier(Decoder& d) {
   Modifiers& modifiers = d.modifiers;
-  const int kind = modifiers.take_one({"init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"});
+  const int kind =
+      modifiers.take_one({"init", "inval", "arrive", "expect_tx", "try_wait", "test_wait"});
   const bool expects = kind == 3 || modifiers.take("expect_tx");
   const int order = modifiers.take_any({"acquire", "release", "relaxed"}, -1);
   const Scope scope = take_scope(modifiers, Scope::kCta);
@@ -262,7 +271,8 @@ void decode_mbarrier(Decoder& d) {
   int at = 0;
   if (kind == 2) {
     if (d.operands() > 1 && !d.operand(0).address) {
-      if (d.operand(0).parts[0].kind != '_') throw Failure("the state of an arrival is not modelled");
+      if (d.operand(0).parts[0].kind != '_')
+        throw Failure("the state of an arrival is not modelled");
       at = 1;
     }
   } else if (kind >= 4) {
@@ -270,7 +280,8 @@ void decode_mbarrier(Decoder& d) {
     at = 1;
     d.out_predicate(0);
   }
-  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta, order == 2, expects, kind == 2};
+  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta,
+                   order == 2,       expects,    kind == 2};
   if (d.operands() > at + 1) d.in(at + 1, 4);
   if (d.operands() > at + 2 && kind < 4) throw Failure("too many operands");
   static constexpr Handler kRuns[] = {init, invalidate, arrive, arrive, try_wait, try_wait};

@@ -27,9 +27,13 @@ Operand operand(const py::handle& given) {
 Program program(const std::vector<int>& registers, const py::list& statements) {
   std::vector<Statement> made;
   for (const py::handle given : statements) {
-    Statement statement{py::cast<int>(given.attr("line")), py::cast<int>(given.attr("guard")),
-                        py::cast<bool>(given.attr("negated")), py::cast<std::string>(given.attr("opcode")), {}};
-    for (const py::handle each : given.attr("operands")) statement.operands.push_back(operand(each));
+    Statement statement{py::cast<int>(given.attr("line")),
+                        py::cast<int>(given.attr("guard")),
+                        py::cast<bool>(given.attr("negated")),
+                        py::cast<std::string>(given.attr("opcode")),
+                        {}};
+    for (const py::handle each : given.attr("operands"))
+      statement.operands.push_back(operand(each));
     made.push_back(std::move(statement));
   }
   return decode_program(registers, made);
@@ -48,7 +52,8 @@ py::dict run(const Program& program, const std::vector<u32>& grid, u32 cluster, 
   launch.races = races;
   launch.strict = strict;
   std::vector<Allocation> allocations;
-  for (const auto& [base, bytes, writable] : memory) allocations.push_back({base, bytes, writable, {}});
+  for (const auto& [base, bytes, writable] : memory)
+    allocations.push_back({base, bytes, writable, {}});
   std::string failure;
   Machine machine(program, launch, std::move(allocations), {parameters.begin(), parameters.end()});
   {
@@ -62,11 +67,13 @@ py::dict run(const Program& program, const std::vector<u32>& grid, u32 cluster, 
   py::list counts;
   for (size_t i = 0; i < program.code.size(); ++i) {
     const Counts& c = machine.counts[i];
-    counts.append(py::make_tuple(c.executed, c.lanes, c.sectors, c.bytes, c.wavefronts, c.fewest_wavefronts));
+    counts.append(
+        py::make_tuple(c.executed, c.lanes, c.sectors, c.bytes, c.wavefronts, c.fewest_wavefronts));
   }
   py::dict result;
   result["failure"] = failure;
-  result["reports"] = py::cast(std::vector<std::string>(machine.races.found.begin(), machine.races.found.end()));
+  result["reports"] =
+      py::cast(std::vector<std::string>(machine.races.found.begin(), machine.races.found.end()));
   result["counts"] = counts;
   result["instructions"] = machine.instructions;
   return result;

@@ -4,7 +4,9 @@
 namespace ptx {
 namespace {
 
-#define PTX_LANES for (int l = 0; l < kLanes; ++l) if (lanes >> l & 1)
+#define PTX_LANES                  \
+  for (int l = 0; l < kLanes; ++l) \
+    if (lanes >> l & 1)
 
 void shuffle(Machine&, Warp& w, const Instruction& i, Mask lanes) {
   u32 values[kLanes] = {};
@@ -16,10 +18,22 @@ void shuffle(Machine&, Warp& w, const Instruction& i, Mask lanes) {
     int from = 0;
     bool ok = false;
     switch (i.number[0]) {
-      case 0: from = least | (static_cast<int>(b) & ~segment); ok = from <= most; break;
-      case 1: from = l - static_cast<int>(b); ok = from >= most; break;
-      case 2: from = l + static_cast<int>(b); ok = from <= most; break;
-      case 3: from = l ^ static_cast<int>(b); ok = from <= most; break;
+      case 0:
+        from = least | (static_cast<int>(b) & ~segment);
+        ok = from <= most;
+        break;
+      case 1:
+        from = l - static_cast<int>(b);
+        ok = from >= most;
+        break;
+      case 2:
+        from = l + static_cast<int>(b);
+        ok = from <= most;
+        break;
+      case 3:
+        from = l ^ static_cast<int>(b);
+        ok = from <= most;
+        break;
     }
     if (!ok) from = l;
     values[l] = w.lanes<u32>(i.in[0])[from & 31];
@@ -63,7 +77,9 @@ void vote(Machine&, Warp& w, const Instruction& i, Mask lanes) {
     PTX_LANES w.set(i.out[0], l, votes);
     return;
   }
-  const bool result = i.number[0] == 1 ? votes != 0 : i.number[0] == 2 ? votes == lanes : votes == 0 || votes == lanes;
+  const bool result = i.number[0] == 1   ? votes != 0
+                      : i.number[0] == 2 ? votes == lanes
+                                         : votes == 0 || votes == lanes;
   w.write_predicate(i.out[0], result ? kAll : 0, lanes);
 }
 
@@ -82,7 +98,8 @@ void decode_vote(Decoder& d) {
 // The registers of a CTA are a pool: what one warpgroup gives up another may claim.
 void set_registers(Machine& m, Warp& w, const Instruction& i, Mask) {
   const int wanted = static_cast<int>(i.number[1]), more = (wanted - w.registers) * 32;
-  if (wanted % 8 != 0 || wanted < 24 || wanted > 256) m.fail(w, "setmaxnreg of a count that is not allowed");
+  if (wanted % 8 != 0 || wanted < 24 || wanted > 256)
+    m.fail(w, "setmaxnreg of a count that is not allowed");
   if (i.number[0] ? more < 0 : more > 0) m.fail(w, "setmaxnreg in the wrong direction");
   if (more > w.cta->registers_free) {
     w.again = w.yields = true;

@@ -25,13 +25,17 @@ template <class To, Rounding kRounding, class Value>
 To narrow(Value value) {
   if constexpr (std::is_same_v<To, Half> || std::is_same_v<To, Bfloat>) {
     return To::of(static_cast<float>(value));
-  } else if constexpr (std::is_floating_point_v<To> && std::is_floating_point_v<Value> && kRounding >= kToInteger) {
+  } else if constexpr (std::is_floating_point_v<To> && std::is_floating_point_v<Value> &&
+                       kRounding >= kToInteger) {
     return static_cast<To>(kRounding == kToIntegerZero ? std::trunc(value) : std::nearbyint(value));
   } else if constexpr (std::is_floating_point_v<Value> && std::is_integral_v<To>) {
     if (std::isnan(value)) return 0;
-    const double whole = kRounding == kToIntegerZero ? std::trunc(double{value}) : std::nearbyint(double{value});
-    if (whole <= static_cast<double>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
-    if (whole >= static_cast<double>(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
+    const double whole =
+        kRounding == kToIntegerZero ? std::trunc(double{value}) : std::nearbyint(double{value});
+    if (whole <= static_cast<double>(std::numeric_limits<To>::min()))
+      return std::numeric_limits<To>::min();
+    if (whole >= static_cast<double>(std::numeric_limits<To>::max()))
+      return std::numeric_limits<To>::max();
     return static_cast<To>(whole);
   } else {
     return static_cast<To>(value);
@@ -72,10 +76,12 @@ using Floats = List<F16, BF16, F32, F64>;
 
 // Sets the handler where the two names are those of a type in each list.
 template <Rounding kRounding, class... To, class... From>
-void choose(Decoder& d, const std::string& to, const std::string& from, List<To...>, List<From...>) {
+void choose(Decoder& d, const std::string& to, const std::string& from, List<To...>,
+            List<From...>) {
   const auto with = [&]<class T>(T) {
     ((to == T::name && from == From::name &&
-      (d.made.run = convert<typename T::type, typename From::type, kRounding>, true)) || ...);
+      (d.made.run = convert<typename T::type, typename From::type, kRounding>, true)) ||
+     ...);
   };
   (with(To{}), ...);
 }
@@ -132,7 +138,8 @@ void decode_convert(Decoder& d) {
   if (d.made.run == nullptr) throw Failure("a conversion that is not modelled");
 }
 
-// --- mov ------------------------------------------------------------------------------------------------
+// --- mov
+// ------------------------------------------------------------------------------------------------
 
 template <class T>
 void move(Machine&, Warp& w, const Instruction& i, Mask lanes) {
@@ -145,7 +152,8 @@ void pack(Machine&, Warp& w, const Instruction& i, Mask lanes) {
   for (int l = 0; l < kLanes; ++l) {
     if (!(lanes >> l & 1)) continue;
     u64 value = 0;
-    for (size_t part = i.in.size(); part-- > 0;) value = value << (8 * i.in[part].bytes) | w.value(i.in[part], l);
+    for (size_t part = i.in.size(); part-- > 0;)
+      value = value << (8 * i.in[part].bytes) | w.value(i.in[part], l);
     w.set(i.out[0], l, value);
   }
 }
@@ -173,11 +181,16 @@ void decode_move(Decoder& d) {
   }
   d.out(0, bytes);
   for (int part = 0; part < d.parts(1); ++part) d.in(1, bytes / d.parts(1), part);
-  if (d.parts(1) > 1) d.made.run = pack;
-  else if (bytes == 2) d.made.run = move<u16>;
-  else if (bytes == 4) d.made.run = move<u32>;
-  else if (bytes == 8) d.made.run = move<u64>;
-  else throw Failure("a move of a size that is not modelled");
+  if (d.parts(1) > 1)
+    d.made.run = pack;
+  else if (bytes == 2)
+    d.made.run = move<u16>;
+  else if (bytes == 4)
+    d.made.run = move<u32>;
+  else if (bytes == 8)
+    d.made.run = move<u64>;
+  else
+    throw Failure("a move of a size that is not modelled");
 }
 
 void parameter_address(Machine& m, Warp& w, const Instruction& i, Mask lanes) {

@@ -32,7 +32,8 @@ void copy(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     }
     Cta& cta = m.owner(w, to, false);
     m.shared(w, cta, to, static_cast<u32>(bytes));
-    m.touch_shared(cta, to, static_cast<u64>(bytes), {w.agent(kCopy), w.copy_groups + 1, w.pc(), true}, w.known);
+    m.touch_shared(cta, to, static_cast<u64>(bytes),
+                   {w.agent(kCopy), w.copy_groups + 1, w.pc(), true}, w.known);
     w.copies.push_back({from[l], to, bytes, given, w.copy_groups, w.pc()});
   }
   m.count_global(w, reading, from, static_cast<u32>(bytes));

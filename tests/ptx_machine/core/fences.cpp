@@ -57,7 +57,8 @@ void proxy_fence(Machine& m, Warp& w, const Instruction& i, Mask) {
 void decode_fence(Decoder& d) {
   d.made.flow = Flow::kSwitch;
   if (d.modifiers.take("proxy")) {
-    const int kind = d.modifiers.take_one({"async", "async::generic", "alias", "tensormap::generic"});
+    const int kind =
+        d.modifiers.take_one({"async", "async::generic", "alias", "tensormap::generic"});
     if (kind == 2 || kind == 3) throw Failure("a proxy that is not modelled");
     const int space = d.modifiers.take_any({"global", "shared::cta", "shared::cluster"}, -1);
     if (kind == 1) {

@@ -70,7 +70,8 @@ void write_out(u64 granule, const Pending& pending) {
 
 void Machine::commit(Cta& cta, u64 address, u32 bytes) {
   auto first = bytes == 0 ? cta.pending.begin() : cta.pending.lower_bound(address / 16);
-  const auto last = bytes == 0 ? cta.pending.end() : cta.pending.upper_bound((address + bytes - 1) / 16);
+  const auto last =
+      bytes == 0 ? cta.pending.end() : cta.pending.upper_bound((address + bytes - 1) / 16);
   if (first == last) return;
   for (auto i = first; i != last; ++i) write_out(i->first, i->second);
   cta.pending.erase(first, last);

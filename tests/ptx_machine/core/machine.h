@@ -76,10 +76,10 @@ class Machine {
   // --- Global memory (global.cpp) ---
   Allocation& allocation(const Warp& warp, u64 address, u64 bytes, bool write);
   void touch_global(const Warp& warp, u64 address, u64 bytes, const Access& access);
-  void load(Cta& cta, u64 address, void* to, u32 bytes);                     // weak or strong
+  void load(Cta& cta, u64 address, void* to, u32 bytes);  // weak or strong
   void store_weak(Cta& cta, u64 address, const void* from, u32 bytes, u32 agent, u32 time);
-  void commit(Cta& cta, u64 address, u32 bytes);                             // what is pending there
-  void commit_known(Warp& warp, const Knowledge& known);                     // a release does it
+  void commit(Cta& cta, u64 address, u32 bytes);          // what is pending there
+  void commit_known(Warp& warp, const Knowledge& known);  // a release does it
   void commit_some(Cta& cta);
   void count_global(Warp& warp, Mask lanes, const u64* addresses, u32 bytes);
   u8* parameters() { return parameters_; }
@@ -91,8 +91,8 @@ class Machine {
   std::unordered_map<u64, std::vector<struct Published>> published;  // by strong stores, per word
 
   // --- Asynchronous work ---
-  void run_copy(Warp& warp, const Copy& copy);                // cp_async.cpp
-  void run_product(Warp& warp, Product& product);             // wgmma.cpp
+  void run_copy(Warp& warp, const Copy& copy);                 // cp_async.cpp
+  void run_product(Warp& warp, Product& product);              // wgmma.cpp
   void advance(Warp& warp, BulkStore& store, bool to_memory);  // tma.cpp
   void release(CtaBarrier& barrier);                           // barriers.cpp
   void leave_barriers(Cta& cta);
@@ -103,6 +103,7 @@ class Machine {
   void finish(Warp& warp);
   void slice(Warp& warp);
   void step(Warp& warp);
+  void check_registers(Warp& warp, const Instruction& instruction);
   void choose_fragment(Warp& warp);
   bool gather(Warp& warp, const Instruction& instruction);
   void merge(Warp& warp);

@@ -48,7 +48,8 @@ void load_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   u32 addresses[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     if (!(lanes >> l & 1)) continue;
-    addresses[l] = static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
+    addresses[l] =
+        static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
     Cta& cta = m.owner(w, addresses[l], i.number[kCluster]);
     const u8* from = m.shared(w, cta, addresses[l], all);
     m.touch_shared(cta, addresses[l], all, {w.agent(kRead), w.time, w.pc(), false}, w.known);
@@ -63,7 +64,8 @@ void store_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   u32 addresses[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     if (!(lanes >> l & 1)) continue;
-    addresses[l] = static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
+    addresses[l] =
+        static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
     Cta& cta = m.owner(w, addresses[l], i.number[kCluster]);
     u8* to = m.shared(w, cta, addresses[l], all);
     u8 data[16];
@@ -136,7 +138,7 @@ void decode(Decoder& d) {
   Instruction& made = d.made;
   Modifiers& modifiers = d.modifiers;
   static const std::vector<std::string> kSpaces = {"global", "shared::cta", "shared::cluster",
-                                                   "shared", "param", "param::entry"};
+                                                   "shared", "param",       "param::entry"};
   const int space = modifiers.take_one(kSpaces);
   modifiers.take_cache_hints();
   if (kLoad) modifiers.take("nc");

@@ -16,12 +16,14 @@ void store_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
     for (int l = 0; l < kLanes; ++l) {
       for (int e = 0; e < 2; ++e) {
         const u16 value = static_cast<u16>(pairs[l] >> (16 * e));
-        (i.number[kTransposed] ? values[2 * (l % 4) + e][l / 4] : values[l / 4][2 * (l % 4) + e]) = value;
+        (i.number[kTransposed] ? values[2 * (l % 4) + e][l / 4] : values[l / 4][2 * (l % 4) + e]) =
+            value;
       }
     }
     for (int row = 0; row < 8; ++row) {
       const int lane = 8 * static_cast<int>(matrix) + row;
-      addresses[lane] = static_cast<u32>(w.value(i.in[0], lane) + static_cast<u64>(i.number[kOffsetNumber]));
+      addresses[lane] =
+          static_cast<u32>(w.value(i.in[0], lane) + static_cast<u64>(i.number[kOffsetNumber]));
       Cta& cta = m.owner(w, addresses[lane], false);
       u8* to = m.shared(w, cta, addresses[lane], 16);
       Access access{w.agent(kWrite), w.time, w.pc(), true};
@@ -36,7 +38,8 @@ void store_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
 void load_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
   u32 addresses[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    addresses[l] = static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
+    addresses[l] =
+        static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
   }
   for (size_t matrix = 0; matrix < i.out.size(); ++matrix) {
     u16 values[8][8];
@@ -49,7 +52,9 @@ void load_matrix(Machine& m, Warp& w, const Instruction& i, Mask) {
     for (int l = 0; l < kLanes; ++l) {
       u32 pair = 0;
       for (int e = 0; e < 2; ++e) {
-        pair |= u32{i.number[kTransposed] ? values[2 * (l % 4) + e][l / 4] : values[l / 4][2 * (l % 4) + e]} << (16 * e);
+        pair |= u32{i.number[kTransposed] ? values[2 * (l % 4) + e][l / 4]
+                                          : values[l / 4][2 * (l % 4) + e]}
+                << (16 * e);
       }
       w.lanes<u32>(i.out[matrix])[l] = pair;
     }
@@ -73,7 +78,8 @@ void decode_matrix(Decoder& d) {
   d.made.run = kLoad ? load_matrix : store_matrix;
 }
 
-// --- mma.sync ---------------------------------------------------------------------------------------
+// --- mma.sync
+// ---------------------------------------------------------------------------------------
 
 enum class Input { kBf16, kF16, kTf32 };
 
@@ -100,13 +106,16 @@ void multiply(Machine& m, Warp& w, const Instruction& i, Mask) {
       for (int e = 0; e < (kPairs ? 2 : 1); ++e) {
         const int k = kStep * h + (kPairs ? 2 * at + e : at);
         for (int half = 0; half < 2; ++half) {
-          a[row + 8 * half][k] = low<kInput>(w.lanes<u32>(i.in[static_cast<size_t>(2 * h + half)])[l] >> (16 * e));
+          a[row + 8 * half][k] =
+              low<kInput>(w.lanes<u32>(i.in[static_cast<size_t>(2 * h + half)])[l] >> (16 * e));
         }
-        b[k][row] = low<kInput>(w.lanes<u32>(i.in[static_cast<size_t>(2 * kHalves + h)])[l] >> (16 * e));
+        b[k][row] =
+            low<kInput>(w.lanes<u32>(i.in[static_cast<size_t>(2 * kHalves + h)])[l] >> (16 * e));
       }
     }
     for (int r = 0; r < 4; ++r) {
-      c[row + 8 * (r / 2)][2 * at + r % 2] = w.lanes<float>(i.in[static_cast<size_t>(3 * kHalves + r)])[l];
+      c[row + 8 * (r / 2)][2 * at + r % 2] =
+          w.lanes<float>(i.in[static_cast<size_t>(3 * kHalves + r)])[l];
     }
   }
   for (int row = 0; row < 16; ++row) {
@@ -118,14 +127,16 @@ void multiply(Machine& m, Warp& w, const Instruction& i, Mask) {
   }
   for (int l = 0; l < kLanes; ++l) {
     for (int r = 0; r < 4; ++r) {
-      w.lanes<float>(i.out[static_cast<size_t>(r)])[l] = c[l / 4 + 8 * (r / 2)][2 * (l % 4) + r % 2];
+      w.lanes<float>(i.out[static_cast<size_t>(r)])[l] =
+          c[l / 4 + 8 * (r / 2)][2 * (l % 4) + r % 2];
     }
   }
 }
 
 template <Input kInput, int kDepth>
 void product(Table& table, const std::string& type) {
-  const std::string name = "mma.sync.aligned.m16n8k" + std::to_string(kDepth) + ".row.col.f32." + type + "." + type + ".f32";
+  const std::string name = "mma.sync.aligned.m16n8k" + std::to_string(kDepth) + ".row.col.f32." +
+                           type + "." + type + ".f32";
   table.add(name, [](Decoder& d) {
     constexpr int kStep = kInput == Input::kTf32 ? 4 : 8;
     const int parts[] = {4, 2 * kDepth / kStep, kDepth / kStep, 4};

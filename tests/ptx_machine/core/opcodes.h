@@ -20,8 +20,12 @@ void add_wgmma(Table& table);        // wgmma.cpp
 enum class Scope : u8 { kCta, kCluster, kGpu };
 enum class Order : u8 { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 
-inline bool acquires(Order order) { return order == Order::kAcquire || order == Order::kAcquireRelease; }
-inline bool releases(Order order) { return order == Order::kRelease || order == Order::kAcquireRelease; }
+inline bool acquires(Order order) {
+  return order == Order::kAcquire || order == Order::kAcquireRelease;
+}
+inline bool releases(Order order) {
+  return order == Order::kRelease || order == Order::kAcquireRelease;
+}
 
 inline Scope take_scope(Modifiers& modifiers, Scope otherwise) {
   static constexpr Scope kScopes[] = {Scope::kCta, Scope::kCluster, Scope::kGpu, Scope::kGpu};
@@ -30,7 +34,8 @@ inline Scope take_scope(Modifiers& modifiers, Scope otherwise) {
 }
 
 inline Order take_order(Modifiers& modifiers, Order otherwise) {
-  const int found = modifiers.take_any({"weak", "relaxed", "acquire", "release", "acq_rel", "volatile"}, -1);
+  const int found =
+      modifiers.take_any({"weak", "relaxed", "acquire", "release", "acq_rel", "volatile"}, -1);
   if (found == 5) return Order::kRelaxed;
   return found < 0 ? otherwise : static_cast<Order>(found);
 }

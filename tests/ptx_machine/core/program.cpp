@@ -86,10 +86,14 @@ Slot Decoder::slot(int i, int part, int bytes, bool wider) {
       }
       return slot;
     }
-    case 'i': return layout_.constant(scalar.value, bytes, false);
-    case 's': return layout_.constant(scalar.value, bytes, true);
-    case 'x': return layout_.special(scalar.name);
-    case '_': return {0, 0};
+    case 'i':
+      return layout_.constant(scalar.value, bytes, false);
+    case 's':
+      return layout_.constant(scalar.value, bytes, true);
+    case 'x':
+      return layout_.special(scalar.name);
+    case '_':
+      return {0, 0};
   }
   throw Failure("a label in place of a value");
 }
@@ -201,7 +205,8 @@ void Table::decode(const Statement& statement, Instruction& made, Layout& layout
   throw Failure("unknown opcode " + statement.opcode);
 }
 
-Program decode_program(const std::vector<int>& register_bits, const std::vector<Statement>& statements) {
+Program decode_program(const std::vector<int>& register_bits,
+                       const std::vector<Statement>& statements) {
   Program program;
   Layout layout(register_bits);
   std::map<std::string, int> opcodes;
@@ -214,7 +219,8 @@ Program decode_program(const std::vector<int>& register_bits, const std::vector<
     try {
       Table::instance().decode(statement, made, layout);
     } catch (const Failure& failure) {
-      throw Failure("line " + std::to_string(statement.line) + ", " + statement.opcode + ": " + failure.what());
+      throw Failure("line " + std::to_string(statement.line) + ", " + statement.opcode + ": " +
+                    failure.what());
     }
     program.code.push_back(std::move(made));
   }

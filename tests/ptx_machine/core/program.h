@@ -30,8 +30,8 @@ struct Slot {
 };
 
 enum class Flow : u8 {
-  kNext,       // goes on to the next instruction
-  kSwitch,     // so too, but another warp may run in between
+  kNext,    // goes on to the next instruction
+  kSwitch,  // so too, but another warp may run in between
   kBranch,
   kExit,
 };
@@ -39,8 +39,8 @@ enum class Flow : u8 {
 struct Instruction {
   Handler run = nullptr;
   int line = 0;
-  int opcode = 0;       // its place in Program::opcodes
-  s64 guard = -1;       // the predicate's place in the file
+  int opcode = 0;  // its place in Program::opcodes
+  s64 guard = -1;  // the predicate's place in the file
   bool negated = false;
   bool gathers = false;  // every live lane of the warp must be here; of in.back() if `some`
   bool some = false;
@@ -75,8 +75,8 @@ struct Statement {
 struct Program {
   std::vector<Instruction> code;
   std::vector<std::string> opcodes;
-  std::vector<u8> file;                             // what a warp's registers hold at the start
-  std::vector<Slot> shared_addresses;               // constants that the CTA's rank is added to
+  std::vector<u8> file;                // what a warp's registers hold at the start
+  std::vector<Slot> shared_addresses;  // constants that the CTA's rank is added to
   std::vector<std::pair<std::string, u32>> specials;
 };
 
@@ -115,17 +115,27 @@ class Decoder {
   int parts(int i) const { return static_cast<int>(operand(i).parts.size()); }
 
   // Registers of exactly `bytes` per lane; of at least that many; predicates.
-  void out(int operand, int bytes, int part = 0) { made.out.push_back(slot(operand, part, bytes, false)); }
-  void in(int operand, int bytes, int part = 0) { made.in.push_back(slot(operand, part, bytes, false)); }
-  void out_wider(int operand, int bytes, int part = 0) { made.out.push_back(slot(operand, part, bytes, true)); }
-  void in_wider(int operand, int bytes, int part = 0) { made.in.push_back(slot(operand, part, bytes, true)); }
+  void out(int operand, int bytes, int part = 0) {
+    made.out.push_back(slot(operand, part, bytes, false));
+  }
+  void in(int operand, int bytes, int part = 0) {
+    made.in.push_back(slot(operand, part, bytes, false));
+  }
+  void out_wider(int operand, int bytes, int part = 0) {
+    made.out.push_back(slot(operand, part, bytes, true));
+  }
+  void in_wider(int operand, int bytes, int part = 0) {
+    made.in.push_back(slot(operand, part, bytes, true));
+  }
   void out_predicate(int operand, int part = 0) { made.out.push_back(predicate(operand, part)); }
   void in_predicate(int operand, int part = 0) { made.in.push_back(predicate(operand, part)); }
   // The base of an address of `bytes`; its offset is returned.
   s64 address(int operand, int bytes);
   s64 immediate(int operand) const;
   s64 label(int operand) const;
-  bool is_register(int operand, int part = 0) const { return operand_part(operand, part).kind == 'r'; }
+  bool is_register(int operand, int part = 0) const {
+    return operand_part(operand, part).kind == 'r';
+  }
 
  private:
   const Scalar& operand_part(int operand, int part) const;
@@ -164,7 +174,9 @@ class Table {
   static const Table& instance();
 
   void add(const std::string& opcode, Family decode) { exact_.emplace(opcode, std::move(decode)); }
-  void family(const std::string& mnemonic, Family decode) { families_.emplace(mnemonic, std::move(decode)); }
+  void family(const std::string& mnemonic, Family decode) {
+    families_.emplace(mnemonic, std::move(decode));
+  }
   void decode(const Statement& statement, Instruction& made, Layout& layout) const;
 
  private:
@@ -172,6 +184,7 @@ class Table {
   std::unordered_map<std::string, Family> exact_, families_;
 };
 
-Program decode_program(const std::vector<int>& register_bits, const std::vector<Statement>& statements);
+Program decode_program(const std::vector<int>& register_bits,
+                       const std::vector<Statement>& statements);
 
 }  // namespace ptx

@@ -22,7 +22,8 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
       const bool same = record.agent == access.agent && record.write == access.write &&
                         record.strength == access.strength;
       if (record.write || access.write) {
-        const bool exempt = record.strength != Strength::kWeak && access.strength != Strength::kWeak;
+        const bool exempt =
+            record.strength != Strength::kWeak && access.strength != Strength::kWeak;
         const char* wrong = clash(record, access, space, known);
         if (wrong != nullptr && found.size() < 100) {
           found.insert(std::string(wrong) + " in " + (space == kShared ? "shared" : "global") +
@@ -58,9 +59,10 @@ const char* Races::clash(const Record& record, const Access& access, Space space
   const bool in_order = same_warp && is_generic(record.agent) && is_generic(access.agent);
   if (!in_order && known.happened[record.agent] < record.time) {
     // A store may lose a count that it does not come after; other strong accesses may meet.
-    const bool lost_count =
-        (record.strength == Strength::kAtomic && access.strength == Strength::kStrong && access.write) ||
-        (access.strength == Strength::kAtomic && record.strength == Strength::kStrong && record.write);
+    const bool lost_count = (record.strength == Strength::kAtomic &&
+                             access.strength == Strength::kStrong && access.write) ||
+                            (access.strength == Strength::kAtomic &&
+                             record.strength == Strength::kStrong && record.write);
     if (record.strength != Strength::kWeak && access.strength != Strength::kWeak && !lost_count) {
       return nullptr;
     }
@@ -79,8 +81,8 @@ const char* Races::clash(const Record& record, const Access& access, Space space
 }
 
 std::string Races::describe(u32 agent, bool write, u32 pc) const {
-  static const char* const kNames[] = {"",        "",          "cp.async ",
-                                       "product's ", "TMA store's ", "TMA store's "};
+  static const char* const kNames[] = {
+      "", "", "cp.async ", "product's ", "TMA store's ", "TMA store's "};
   const std::string where = " at line " + std::to_string(lines[pc]);
   if (is_barrier(agent)) return "TMA load's write" + where;
   return std::string(kNames[agent % kKinds]) + (write ? "write" : "read") + where;

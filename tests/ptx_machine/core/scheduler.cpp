@@ -5,32 +5,6 @@
 
 namespace ptx {
 
-Machine::Machine(const Program& program, const Launch& launch, std::vector<Allocation> memory,
-                 std::vector<u8> parameters)
-    : program(program),
-      launch(launch),
-      counts(program.code.size()),
-      races(launch.grid[0] * launch.grid[1] * launch.grid[2] * ((launch.threads + 31) / 32) * kKinds,
-            (launch.threads + 31) / 32),
-      memory_(std::move(memory)),
-      parameter_bytes_(parameters.size() + 128),
-      generator_(launch.seed) {
-  parameters_ = parameter_bytes_.data() + (-reinterpret_cast<u64>(parameter_bytes_.data()) & 127);
-  std::copy(parameters.begin(), parameters.end(), parameters_);
-  for (const Instruction& instruction : program.code) races.lines.push_back(instruction.line);
-  races.enabled = launch.races;
-  for (Allocation& a : memory_) {
-    if (a.writable) a.cells.resize(a.bytes / kCell + 2);
-  }
-  const u32 ctas = launch.grid[0] * launch.grid[1] * launch.grid[2];
-  if (launch.cluster == 0 || ctas % launch.cluster != 0) throw Failure("the grid is no multiple of the cluster");
-  clusters_total_ = ctas / launch.cluster;
-  agents_ = ctas * ((launch.threads + 31) / 32) * kKinds;
-  static constexpr u32 kQuanta[] = {1, 6, 40};
-  quantum_ = kQuanta[random(3)];
-  laziness_ = random(3);
-}
-
 void Machine::fail(const Warp& warp, const std::string& what) const {
   throw Failure(what + "; " + describe(warp));
 }
@@ -74,7 +48,8 @@ u32 Machine::new_agent() {
   return agents_++;
 }
 
-// --- Sleeping and waking --------------------------------------------------------------------------
+// --- Sleeping and waking
+// --------------------------------------------------------------------------
 
 void Machine::sleep(Warp& warp, std::vector<Warp*>& list, std::string waits_for) {
   warp.yields = true;
@@ -103,7 +78,8 @@ void Machine::news() {
 
 void Machine::poll(Warp& warp, u64 address, u64 value) {
   auto& last = warp.poll;
-  if (last.pc == warp.pc() && last.address == address && last.value == value && last.news == news_) {
+  if (last.pc == warp.pc() && last.address == address && last.value == value &&
+      last.news == news_) {
     sleep(warp, pollers_, "another value than " + std::to_string(value) + " in global memory");
   }
   last = {warp.pc(), address, value, news_};
@@ -115,7 +91,8 @@ void Machine::later(std::function<void()> land) {
   flights_.push_back({now_ + random(farthest), std::move(land)});
 }
 
-// --- Running ---------------------------------------------------------------------------------------
+// --- Running
+// ---------------------------------------------------------------------------------------
 
 // Instructions without progress: more than any stretch of arithmetic, in all resident CTAs, takes.
 constexpr u64 kPatience = 1'000'000;
@@ -288,13 +265,29 @@ void Machine::branch(Warp& warp, const Instruction& instruction, Mask taken) {
   }
 }
 
+// The registers of a product on its way belong to it.
+void Machine::check_registers(Warp& warp, const Instruction& instruction) {
+  const auto holds = [](const std::vector<u32>& held, const std::vector<Slot>& slots) {
+    return std::any_of(slots.begin(), slots.end(), [&](const Slot& slot) {
+      return std::binary_search(held.begin(), held.end(), slot.at);
+    });
+  };
+  const bool is_product = instruction.run == warp.products.front().instruction->run;
+  if (holds(warp.read_by_products, instruction.out) ||
+      (!is_product &&
+       (holds(warp.accumulating, instruction.out) || holds(warp.accumulating, instruction.in)))) {
+    report(warp, "a register of a product on its way is touched");
+  }
+}
+
 void Machine::step(Warp& warp) {
   const u32 pc = warp.pc();
   const Instruction& instruction = program.code[pc];
   const Mask here = warp.fragments[warp.current].lanes;
   Mask lanes = here;
   if (instruction.guard >= 0) {
-    const Mask guard = *reinterpret_cast<const Mask*>(&warp.file[static_cast<size_t>(instruction.guard)]);
+    const Mask guard =
+        *reinterpret_cast<const Mask*>(&warp.file[static_cast<size_t>(instruction.guard)]);
     lanes &= instruction.negated ? ~guard : guard;
   }
   if (instruction.gathers && lanes != 0 && !gather(warp, instruction)) return;
@@ -302,18 +295,11 @@ void Machine::step(Warp& warp) {
   Counts& count = counts[pc];
   ++count.executed;
   count.lanes += static_cast<u64>(__builtin_popcount(lanes));
-  if (!warp.in_flight.empty()) {
-    for (const auto* slots : {&instruction.in, &instruction.out}) {
-      for (const Slot slot : *slots) {
-        if (warp.products.empty() || instruction.run == warp.products.front().instruction->run) break;
-        if (std::binary_search(warp.in_flight.begin(), warp.in_flight.end(), slot.at)) {
-          report(warp, "register of a product on its way is touched");
-        }
-      }
-    }
-  }
+  if (!warp.products.empty()) check_registers(warp, instruction);
   switch (instruction.flow) {
-    case Flow::kBranch: branch(warp, instruction, lanes); break;
+    case Flow::kBranch:
+      branch(warp, instruction, lanes);
+      break;
     case Flow::kExit:
       warp.alive &= ~lanes;
       if ((here & ~lanes) != 0) {
@@ -334,114 +320,6 @@ void Machine::step(Warp& warp) {
       }
   }
   if (warp.fragments.size() > 1) merge(warp);
-}
-
-// --- Coming and going ------------------------------------------------------------------------------
-
-void Machine::start_cluster() {
-  auto cluster = std::make_unique<Cluster>();
-  const u32 first = static_cast<u32>(clusters_.size()) * launch.cluster;
-  const u32 warps = (launch.threads + 31) / 32;
-  cluster->size = static_cast<int>(launch.cluster * warps);
-  cluster->live = static_cast<int>(launch.cluster);
-  for (u32 rank = 0; rank < launch.cluster; ++rank) {
-    auto cta = std::make_unique<Cta>();
-    const u32 id = first + rank, nx = launch.grid[0], ny = launch.grid[1];
-    cta->id = id;
-    cta->rank = rank;
-    cta->index[0] = id % nx;
-    cta->index[1] = id / nx % ny;
-    cta->index[2] = id / nx / ny;
-    cta->cluster = cluster.get();
-    cta->shared.assign(launch.shared_bytes + 16, 0xFF);
-    cta->cells.resize(launch.shared_bytes / kCell + 2);
-    cta->warps.resize(warps);
-    cta->live = static_cast<int>(warps);
-    const int each = std::min(static_cast<int>(65536 / launch.threads) / 8 * 8, 255);
-    cta->registers_free = 65536 - each * static_cast<int>(launch.threads);
-    for (u32 i = 0; i < warps; ++i) {
-      cta->warps[i].cta = cta.get();
-      cta->warps[i].registers = each;
-      start(*cta, cta->warps[i], i);
-    }
-    cluster->ctas.push_back(std::move(cta));
-  }
-  clusters_.push_back(std::move(cluster));
-  ++active_;
-  progress();
-}
-
-void Machine::start(Cta& cta, Warp& warp, u32 index) {
-  warp.index = index;
-  warp.id = cta.id * static_cast<u32>(cta.warps.size()) + index;
-  warp.file = program.file;
-  const u32 threads = std::min(32u, launch.threads - 32 * index);
-  warp.alive = threads == 32 ? kAll : (1u << threads) - 1;
-  warp.fragments = {{0, warp.alive}};
-  warp.known.happened.raise(warp.agent(kRead), warp.time);
-  warp.known.happened.raise(warp.agent(kWrite), warp.time);
-  for (const Slot slot : program.shared_addresses) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      warp.set(slot, lane, warp.value(slot, lane) + (u64{cta.rank} << kRankShift));
-    }
-  }
-  const std::map<std::string, u32> uniform = {
-      {"%ntid.x", launch.threads}, {"%ntid.y", 1}, {"%ntid.z", 1},
-      {"%tid.y", 0}, {"%tid.z", 0},
-      {"%ctaid.x", cta.index[0]}, {"%ctaid.y", cta.index[1]}, {"%ctaid.z", cta.index[2]},
-      {"%nctaid.x", launch.grid[0]}, {"%nctaid.y", launch.grid[1]}, {"%nctaid.z", launch.grid[2]},
-      {"%cluster_ctarank", cta.rank}, {"%cluster_nctarank", launch.cluster},
-      {"%cluster_ctaid.x", cta.rank}, {"%cluster_ctaid.y", 0}, {"%cluster_ctaid.z", 0},
-      {"%cluster_nctaid.x", launch.cluster}, {"%cluster_nctaid.y", 1}, {"%cluster_nctaid.z", 1},
-      {"%clusterid.x", cta.index[0] / launch.cluster}, {"%clusterid.y", cta.index[1]},
-      {"%clusterid.z", cta.index[2]}, {"%nclusterid.x", launch.grid[0] / launch.cluster},
-      {"%nclusterid.y", launch.grid[1]}, {"%nclusterid.z", launch.grid[2]},
-      {"%warpid", index}, {"%smid", cta.id}, {"%nsmid", launch.resident * launch.cluster},
-      {"%dynamic_smem_size", launch.shared_bytes}, {"%total_smem_size", launch.shared_bytes},
-      {"%clock64", static_cast<u32>(now_)}, {"%clock", static_cast<u32>(now_)},
-      {"%globaltimer", static_cast<u32>(now_)},
-  };  // clang-format: keep
-  for (const auto& [name, at] : program.specials) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      u32 value;
-      if (name == "%tid.x") {
-        value = 32 * index + static_cast<u32>(lane);
-      } else if (name == "%laneid") {
-        value = static_cast<u32>(lane);
-      } else if (const auto found = uniform.find(name); found != uniform.end()) {
-        value = found->second;
-      } else {
-        throw Failure("unknown special register " + name);
-      }
-      const bool wide = name == "%clock64" || name == "%globaltimer";
-      warp.set({at, wide ? 8u : 4u}, lane, value);
-    }
-  }
-  ready_.push_back(&warp);
-}
-
-void Machine::finish(Warp& warp) {
-  Cta& cta = *warp.cta;
-  const auto says = [&](const char* what) { races.found.insert(what); };
-  if (!warp.products.empty()) says("a warp left with a product on its way");
-  if (!warp.copies.empty()) says("a warp left with a cp.async on its way");
-  for (BulkStore& store : warp.stores) {
-    if (!store.read) says("a warp left while a TMA store still reads shared memory");
-    advance(warp, store, true);
-  }
-  warp.state = Warp::kGone;
-  warp.file = {};
-  warp.stores.clear();
-  progress();
-  leave_barriers(cta);
-  if (--cta.live > 0) return;  // and what it has stored may still be on its way
-  Cluster& cluster = *cta.cluster;
-  if (--cluster.live > 0) return;
-  --active_;
-  for (const auto& each : cluster.ctas) {
-    each->shared = {};
-    each->cells = {};
-  }
 }
 
 }  // namespace ptx

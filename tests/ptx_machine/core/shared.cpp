@@ -15,15 +15,17 @@ Cta& Machine::owner(Warp& warp, u32 address, bool cluster) {
 u8* Machine::shared_raw(Cta& cta, u32 address, u32 bytes, u32 pc) {
   const u32 offset = (address & kOffset) - kSharedBase;
   if (offset > launch.shared_bytes || offset + bytes > launch.shared_bytes) {
-    throw Failure("shared address " + std::to_string(address & kOffset) + " is out of bounds at line " +
-                  std::to_string(races.lines[pc]));
+    throw Failure("shared address " + std::to_string(address & kOffset) +
+                  " is out of bounds at line " + std::to_string(races.lines[pc]));
   }
-  if (cta.live == 0) throw Failure("shared memory of a CTA that has left, line " + std::to_string(races.lines[pc]));
+  if (cta.live == 0)
+    throw Failure("shared memory of a CTA that has left, line " + std::to_string(races.lines[pc]));
   return &cta.shared[offset];
 }
 
 u8* Machine::shared(Warp& warp, Cta& cta, u32 address, u32 bytes) {
-  if (address % bytes != 0) fail(warp, "misaligned shared address " + std::to_string(address & kOffset));
+  if (address % bytes != 0)
+    fail(warp, "misaligned shared address " + std::to_string(address & kOffset));
   return shared_raw(cta, address, bytes, warp.pc());
 }
 

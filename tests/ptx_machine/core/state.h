@@ -33,8 +33,7 @@ struct Copy {
 // wgmma: a product on its way, of this warp's 16 rows.
 struct Product {
   const Instruction* instruction;
-  u64 a, b;  // descriptors
-  std::vector<u32> a_values;  // or A itself, four registers of 32 lanes
+  u64 a, b;  // descriptors, unless A is in registers
   bool accumulates;
   u32 group;
   bool done = false;
@@ -84,7 +83,8 @@ struct Warp {
   std::deque<Product> products;
   u32 product_groups = 0;
   bool product_fenced = false;
-  std::vector<u32> in_flight;  // file offsets of accumulators on their way
+  // File offsets, sorted, of registers that products on their way read and write, or only read.
+  std::vector<u32> accumulating, read_by_products;
   std::deque<BulkStore> stores;
   u32 store_groups = 0;
   bool cluster_arrived = false;

@@ -59,11 +59,13 @@ void visit_box(const TensorMap& map, const std::vector<s32>& at, u32 shared, con
   }
 }
 
-// --- Loads ----------------------------------------------------------------------------------------
+// --- Loads
+// ----------------------------------------------------------------------------------------
 
 enum { kMulticast = 0, kRank = 1 };
 
-void land(Machine& m, Cta& cta, const TensorMap& map, const std::vector<s32>& at, u32 to, u32 barrier, u32 pc) {
+void land(Machine& m, Cta& cta, const TensorMap& map, const std::vector<s32>& at, u32 to,
+          u32 barrier, u32 pc) {
   visit_box(map, at, to, [&](u32 shared, u64 global, u32 bytes, bool inside) {
     u8* target = m.shared_raw(cta, shared, bytes, pc);
     if (inside) {
@@ -96,7 +98,8 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     Cluster& cluster = *w.cta->cluster;
     Mask targets = 1u << (to >> kRankShift);
     if (i.number[kMulticast]) targets = static_cast<Mask>(w.value(i.in[3 + rank], l)) & 0xFFFF;
-    if (targets == 0 || targets >> cluster.ctas.size() != 0) m.fail(w, "a TMA load to no CTA of the cluster");
+    if (targets == 0 || targets >> cluster.ctas.size() != 0)
+      m.fail(w, "a TMA load to no CTA of the cluster");
     visit_box(map, at, to, [&](u32, u64 global, u32 bytes, bool inside) {
       if (!inside) return;
       m.touch_global(w, global, bytes, {w.agent(kRead), w.time, w.pc(), false, true});
@@ -105,7 +108,8 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     for (u32 target = 0; target < cluster.ctas.size(); ++target) {
       if (!(targets >> target & 1)) continue;
       Cta& cta = *cluster.ctas[target];
-      if (cta.live != static_cast<int>(cta.warps.size())) m.report(w, "a TMA load to a CTA that has begun to leave");
+      if (cta.live != static_cast<int>(cta.warps.size()))
+        m.report(w, "a TMA load to a CTA that has begun to leave");
       MBarrier& barrier = m.mbarrier(w, cta, bar);
       // Its init need not be fenced from the async proxy: compilers' code does without.
       const Access use{w.agent(kRead), w.time, w.pc(), false, false, Strength::kAtomic};
@@ -114,25 +118,34 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
       m.shared_raw(cta, to, box_bytes(map), w.pc());
       m.touch_shared(cta, to, box_bytes(map), write, w.known);
       const u32 pc = w.pc(), offset = to & kOffset;
-      m.later([&m, &cta, map, at, offset, bar, pc] { land(m, cta, map, at, offset, bar & kOffset, pc); });
+      m.later([&m, &cta, map, at, offset, bar, pc] {
+        land(m, cta, map, at, offset, bar & kOffset, pc);
+      });
     }
   }
 }
 
-// --- Stores ---------------------------------------------------------------------------------------
+// --- Stores
+// ---------------------------------------------------------------------------------------
 
 void store(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   const size_t rank = static_cast<size_t>(i.number[kRank]);
   for (int l = 0; l < kLanes; ++l) {
     if (!(lanes >> l & 1)) continue;
-    BulkStore made{map_at(m, w, w.value(i.in[0], l)), {}, static_cast<u32>(w.value(i.in[1], l) + static_cast<u64>(i.number[2])), w.store_groups, w.pc()};
+    BulkStore made{map_at(m, w, w.value(i.in[0], l)),
+                   {},
+                   static_cast<u32>(w.value(i.in[1], l) + static_cast<u64>(i.number[2])),
+                   w.store_groups,
+                   w.pc()};
     if (made.map.rank != rank) m.fail(w, "a tensor map of another rank");
     for (size_t k = 0; k < rank; ++k) made.at.push_back(static_cast<s32>(w.value(i.in[2 + k], l)));
     Cta& cta = m.owner(w, made.from, false);
-    if (made.from % (made.map.swizzle == 0 ? 16 : 128) != 0) m.fail(w, "a misaligned source of a TMA store");
+    if (made.from % (made.map.swizzle == 0 ? 16 : 128) != 0)
+      m.fail(w, "a misaligned source of a TMA store");
     const u32 group = w.store_groups + 1;
     m.shared_raw(cta, made.from, box_bytes(made.map), w.pc());
-    m.touch_shared(cta, made.from, box_bytes(made.map), {w.agent(kBulkRead), group, w.pc(), false, true}, w.known);
+    m.touch_shared(cta, made.from, box_bytes(made.map),
+                   {w.agent(kBulkRead), group, w.pc(), false, true}, w.known);
     visit_box(made.map, made.at, made.from, [&](u32, u64 global, u32 bytes, bool inside) {
       if (!inside) return;
       m.touch_global(w, global, bytes, {w.agent(kBulkWrite), group, w.pc(), true, true});
@@ -150,13 +163,15 @@ void wait(Machine& m, Warp& w, const Instruction& i, Mask) {
   for (BulkStore& store : w.stores) {
     if (store.group < done) m.advance(w, store, !read);
   }
-  while (!w.stores.empty() && w.stores.front().read && w.stores.front().pieces.empty()) w.stores.pop_front();
+  while (!w.stores.empty() && w.stores.front().read && w.stores.front().pieces.empty())
+    w.stores.pop_front();
   if (done <= 0) return;
   w.known.happened.raise(w.agent(kBulkRead), static_cast<u32>(done));
   if (!read) w.known.happened.raise(w.agent(kBulkWrite), static_cast<u32>(done));
 }
 
-// --- Decoding -------------------------------------------------------------------------------------
+// --- Decoding
+// -------------------------------------------------------------------------------------
 
 void decode_tensor(Decoder& d) {
   Modifiers& modifiers = d.modifiers;
@@ -215,7 +230,8 @@ void Machine::advance(Warp& warp, BulkStore& store, bool to_memory) {
   }
   if (!to_memory) return;
   for (const auto& piece : store.pieces) {
-    store_weak(*warp.cta, piece.address, piece.data, piece.bytes, warp.agent(kBulkWrite), store.group + 1);
+    store_weak(*warp.cta, piece.address, piece.data, piece.bytes, warp.agent(kBulkWrite),
+               store.group + 1);
   }
   store.pieces.clear();
 }

@@ -1,8 +1,8 @@
 // wgmma: D[64, N] += A[64, 16] * B[16, N] by the four warps of a warpgroup, each 16 rows of it.
 //
 // A descriptor says where an operand lies in the CTA's own shared memory (PTX ISA, "Matrix
-// Descriptor"): bits 0-13 start / 16, 16-29 leading byte offset / 16, 32-45 stride byte offset / 16,
-// 49-51 base offset, 62-63 swizzle: 0 none, 1, 2, 3 of 128, 64, 32 bytes.
+// Descriptor"): bits 0-13 start / 16, 16-29 leading byte offset / 16, 32-45 stride byte offset /
+// 16, 49-51 base offset, 62-63 swizzle: 0 none, 1, 2, 3 of 128, 64, 32 bytes.
 #include "machine.h"
 
 namespace ptx {
@@ -21,9 +21,9 @@ struct Descriptor {
         swizzle_bytes(d >> 62 == 0 ? 16 : 256u >> (d >> 62)) {}
 
   // Where the 8 elements of 16 bytes lie that hold element (row of M or N, k): consecutive along K,
-  // or along M or N if `transposed`. Matrices of 8 x swizzle_bytes repeat: in the direction in which
-  // elements are consecutive by the leading offset, in the other by the stride; without a swizzle
-  // the two change places in the transposed layout.
+  // or along M or N if `transposed`. Matrices of 8 x swizzle_bytes repeat: in the direction in
+  // which elements are consecutive by the leading offset, in the other by the stride; without a
+  // swizzle the two change places in the transposed layout.
   u32 chunk(u32 row, u32 k, bool transposed) const {
     const u32 along = transposed ? row : k, across = transposed ? k : row;
     const u32 wide = swizzle_bytes / 2;  // elements
@@ -46,7 +46,8 @@ void read(Machine& m, Warp& w, u64 descriptor, bool transposed, u32 first, u32 r
       u16 values[8];
       std::memcpy(values, m.shared_raw(*w.cta, d.chunk(first + row, k, transposed), 16, pc), 16);
       for (u32 e = 0; e < 8; ++e) {
-        const float value = is_bf16 ? static_cast<float>(Bfloat{values[e]}) : static_cast<float>(Half{values[e]});
+        const float value =
+            is_bf16 ? static_cast<float>(Bfloat{values[e]}) : static_cast<float>(Half{values[e]});
         (transposed ? to[row + e][k] : to[row][k + e]) = value;
       }
     }
@@ -60,38 +61,42 @@ void touch(Machine& m, Warp& w, u64 descriptor, bool transposed, u32 first, u32 
     for (u32 k = 0; k < 16; k += transposed ? 1 : 8) {
       const u32 at = d.chunk(first + row, k, transposed);
       m.shared_raw(*w.cta, at, 16, w.pc());
-      m.touch_shared(*w.cta, at, 16, {w.agent(kProduct), w.product_groups + 1, w.pc(), false, true}, w.known);
+      m.touch_shared(*w.cta, at, 16, {w.agent(kProduct), w.product_groups + 1, w.pc(), false, true},
+                     w.known);
     }
   }
 }
 
-void forget(Warp& w, const Instruction& i) {
-  for (const Slot slot : i.out) {
-    w.in_flight.erase(std::lower_bound(w.in_flight.begin(), w.in_flight.end(), slot.at));
-  }
+void remember(std::vector<u32>& held, u32 at) {
+  held.insert(std::upper_bound(held.begin(), held.end(), at), at);
+}
+
+void forget(std::vector<u32>& held, u32 at) {
+  held.erase(std::lower_bound(held.begin(), held.end(), at));
+}
+
+// Calls visit(list, register) for the registers that a product takes for itself.
+template <class Visit>
+void visit_registers(Warp& w, const Instruction& i, const Visit& visit) {
+  for (const Slot slot : i.out) visit(w.accumulating, slot.at);
+  if (!i.number[kFromRegisters]) return;
+  for (size_t part = 0; part < 4; ++part) visit(w.read_by_products, i.in[part].at);
 }
 
 void fence(Machine&, Warp& w, const Instruction&, Mask) { w.product_fenced = true; }
 
 void multiply(Machine& m, Warp& w, const Instruction& i, Mask) {
   if (!w.product_fenced) m.report(w, "wgmma without wgmma.fence");
-  Product made{&i, 0, 0, {}, true, w.product_groups};
-  size_t operand = 0;
-  if (i.number[kFromRegisters]) {
-    for (; operand < 4; ++operand) {
-      const u32* values = w.lanes<u32>(i.in[operand]);
-      made.a_values.insert(made.a_values.end(), values, values + kLanes);
-    }
-  } else {
+  Product made{&i, 0, 0, true, w.product_groups};
+  size_t operand = i.number[kFromRegisters] ? 4 : 0;
+  if (!i.number[kFromRegisters]) {
     made.a = w.value(i.in[operand++], 0);
     touch(m, w, made.a, i.number[kTransposedA], w.index % 4 * 16, 16);
   }
   made.b = w.value(i.in[operand++], 0);
   touch(m, w, made.b, i.number[kTransposedB], 0, static_cast<u32>(i.number[kN]));
   made.accumulates = w.predicate(i.in[operand]) & 1;
-  for (const Slot slot : i.out) {
-    w.in_flight.insert(std::upper_bound(w.in_flight.begin(), w.in_flight.end(), slot.at), slot.at);
-  }
+  visit_registers(w, i, remember);
   w.products.push_back(std::move(made));
   if (m.random(2)) {
     for (Product& product : w.products) m.run_product(w, product);
@@ -107,7 +112,7 @@ void wait(Machine& m, Warp& w, const Instruction& i, Mask) {
   const s64 done = s64{w.product_groups} - i.number[0];
   while (!w.products.empty() && w.products.front().group < done) {
     m.run_product(w, w.products.front());
-    forget(w, *w.products.front().instruction);
+    visit_registers(w, *w.products.front().instruction, forget);
     w.products.pop_front();
   }
   if (done > 0) w.known.happened.raise(w.agent(kProduct), static_cast<u32>(done));
@@ -139,9 +144,11 @@ void decode(Decoder& d) {
   for (int part = 0; part < d.parts(1); ++part) d.in(1, from_registers ? 4 : 8, part);
   d.in(2, 8);
   d.in_predicate(3);
-  if (d.immediate(4) != 1 || d.immediate(5) != 1) throw Failure("a negated operand is not modelled");
+  if (d.immediate(4) != 1 || d.immediate(5) != 1)
+    throw Failure("a negated operand is not modelled");
   const s64 transposed_a = from_registers ? 0 : d.immediate(6);
-  d.made.number = {n, transposed_a, d.immediate(from_registers ? 6 : 7), from_registers, type == "bf16"};
+  d.made.number = {n, transposed_a, d.immediate(from_registers ? 6 : 7), from_registers,
+                   type == "bf16"};
 }
 
 }  // namespace
@@ -154,14 +161,16 @@ void Machine::run_product(Warp& w, Product& product) {
   const u32 n = static_cast<u32>(i.number[kN]);
   const bool is_bf16 = i.number[kIsBf16];
   static thread_local float a[16][16], b[256][16], columns[16][256];
-  if (product.a_values.empty()) {
+  if (!i.number[kFromRegisters]) {
     read(*this, w, product.a, i.number[kTransposedA], w.index % 4 * 16, 16, is_bf16, w.pc(), a);
   } else {
     for (int l = 0; l < kLanes; ++l) {
       for (int r = 0; r < 4; ++r) {
         for (int e = 0; e < 2; ++e) {
-          const u16 raw = static_cast<u16>(product.a_values[static_cast<size_t>(kLanes * r + l)] >> (16 * e));
-          a[l / 4 + 8 * (r % 2)][2 * (l % 4) + e + 8 * (r / 2)] = is_bf16 ? static_cast<float>(Bfloat{raw}) : static_cast<float>(Half{raw});
+          const u16 raw =
+              static_cast<u16>(w.lanes<u32>(i.in[static_cast<size_t>(r)])[l] >> (16 * e));
+          a[l / 4 + 8 * (r % 2)][2 * (l % 4) + e + 8 * (r / 2)] =
+              is_bf16 ? static_cast<float>(Bfloat{raw}) : static_cast<float>(Half{raw});
         }
       }
     }

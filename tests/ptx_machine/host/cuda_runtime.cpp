@@ -27,17 +27,18 @@ std::map<const void*, std::string>& kernels() {
 // Refuses what the driver would refuse.
 CUresult encode(CUtensorMap* made, CUtensorMapDataType type, cuuint32_t rank, void* address,
                 const cuuint64_t* sizes, const cuuint64_t* pitches, const cuuint32_t* box,
-                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+                const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   const unsigned bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
   const unsigned span[] = {1u << 30, 32, 64, 128};
   if (rank < 1 || rank > 5 || swizzle > CU_TENSOR_MAP_SWIZZLE_128B) return CUDA_ERROR_INVALID_VALUE;
-  bool right = (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
-                type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32) &&
-               reinterpret_cast<uintptr_t>(made) % 64 == 0 &&
-               reinterpret_cast<uintptr_t>(address) % 16 == 0 && address != nullptr &&
-               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
-               box[0] * bytes % 16 == 0 && box[0] * bytes <= span[swizzle];
+  bool right =
+      (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
+       type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32) &&
+      reinterpret_cast<uintptr_t>(made) % 64 == 0 &&
+      reinterpret_cast<uintptr_t>(address) % 16 == 0 && address != nullptr &&
+      interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
+      box[0] * bytes % 16 == 0 && box[0] * bytes <= span[swizzle];
   ptx::TensorMap map{};
   map.magic = ptx::TensorMap::kMagic;
   map.address = reinterpret_cast<uintptr_t>(address);
@@ -45,7 +46,8 @@ CUresult encode(CUtensorMap* made, CUtensorMapDataType type, cuuint32_t rank, vo
   map.element_bytes = static_cast<uint8_t>(bytes);
   map.swizzle = static_cast<uint8_t>(swizzle);
   for (unsigned i = 0; i < rank; ++i) {
-    right = right && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
+    right = right && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 &&
+            steps[i] == 1;
     map.size[i] = static_cast<uint32_t>(sizes[i]);
     map.box[i] = static_cast<uint16_t>(box[i]);
     if (i + 1 < rank) {
@@ -62,7 +64,8 @@ CUresult encode(CUtensorMap* made, CUtensorMapDataType type, cuuint32_t rank, vo
 
 extern "C" {
 
-__attribute__((visibility("default"))) void ptx_machine_attach(LaunchHandler handler, int multiprocessors) {
+__attribute__((visibility("default"))) void ptx_machine_attach(LaunchHandler handler,
+                                                               int multiprocessors) {
   launch_handler = handler;
   device = multiprocessors;
 }
@@ -71,7 +74,9 @@ cudaError_t cudaGetDevice(int* number) {
   *number = device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int number) { return number == device ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int number) {
+  return number == device ? cudaSuccess : cudaErrorInvalidDevice;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
   if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
   *value = number;
@@ -80,7 +85,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int num
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int) {
   return kernels().count(kernel) ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
   if (std::strcmp(name, "cuTensorMapEncodeTiled") != 0) return cudaErrorInvalidValue;
   *function = reinterpret_cast<void*>(&encode);
@@ -88,21 +94,25 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid argument" : "a CUDA error";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "a CUDA error";
 }
 const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** parameters) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** parameters) {
   unsigned cluster = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster = config->attrs[i].val.clusterDim.x;
     }
   }
-  const int failed = launch_handler(kernels().at(kernel).c_str(), config->gridDim.x, cluster,
-                                    config->blockDim.x, static_cast<unsigned>(config->dynamicSmemBytes), parameters);
+  const int failed =
+      launch_handler(kernels().at(kernel).c_str(), config->gridDim.x, cluster, config->blockDim.x,
+                     static_cast<unsigned>(config->dynamicSmemBytes), parameters);
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
@@ -113,16 +123,21 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
   kernels()[host] = name;
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
-cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorInvalidValue; }
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
+  return cudaErrorInvalidValue;
+}
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorInvalidValue; }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+  return cudaErrorInvalidValue;
+}
 
 }  // extern "C"

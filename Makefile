@@ -13,7 +13,7 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 RESULTS ?= runs/gpu
 CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo initialisation test lint format bench bench-compare gpu gpu-quick clean help
+.PHONY: demo initialisation test test-ptx lint format bench bench-compare gpu gpu-quick clean help
 
 help:  ## Show the commands.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -27,6 +27,11 @@ initialisation: $(READY)  ## Show on the same model why A starts random and B at
 test: $(READY) $(TRITON36)  ## Run every test this machine can run.
 	$(RUN) -m pytest -q -n 2
 	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 tests/test_triton.py tests/test_launch_plan.py
+
+test-ptx: $(READY) $(TRITON36)  ## Run the compiled kernels on the PTX machine in more ways than make test.
+	PTX_SWEEP=1 $(RUN) -m pytest -q -n 2 tests/test_ptx_calibration.py tests/test_ptx_kernels.py
+	PTX_SWEEP=1 PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 -k "not cuda" \
+	  tests/test_ptx_calibration.py tests/test_ptx_kernels.py
 
 lint: $(READY)  ## Check style and types.
 	$(RUN) -m ruff check .

@@ -55,12 +55,13 @@ SOMETIMES = {
     "wgmma.fence is removed",
 }
 # One flavour for each way of moving data and of synchronising.
-STUDIED = [FLAVOURS[i] for i in (range(len(FLAVOURS)) if SWEEP else (1, 4, 5, 8, 9, 14))]
+STUDIED = [FLAVOURS[i] for i in (range(len(FLAVOURS)) if SWEEP else (1, 4, 5, 8, 9, 16))]
 
 
 @pytest.mark.parametrize("flavour", STUDIED, ids=str)
 def test_planted_faults_are_noticed(flavour: Flavour) -> None:
     launch = flavour.launch()
+    kernel, executed = launch.compiled.kernel, launch.run(launch.grid).executed()
 
     def attempts(kernel: Kernel) -> Iterator[Callable[[], None]]:
         for seed in range(4):
@@ -68,8 +69,11 @@ def test_planted_faults_are_noticed(flavour: Flavour) -> None:
             yield lambda grid=grid: launch.check(launch.run(grid, kernel))
 
     by_name: dict[str, list[Planted]] = defaultdict(list)
-    faults = [fault for fault in FAULTS if fault.name in ALWAYS | SOMETIMES]
-    for planted in study(launch.compiled.kernel, attempts, faults, 8 if SWEEP else 3):
+    names = ALWAYS | SOMETIMES
+    if flavour.function == "persistent":
+        names -= {"a release is relaxed"}  # a ticket hands over nothing
+    faults = [fault for fault in FAULTS if fault.name in names]
+    for planted in study(kernel, executed, attempts, faults, 8 if SWEEP else 3):
         by_name[planted.fault.name].append(planted)
     assert len(by_name) >= 4
     for name, found in by_name.items():

@@ -375,6 +375,41 @@ def test_a_dead_end_says_where_everybody_is() -> None:
     assert "parity 0 of the mbarrier at 1024, which wants 1 arrivals and 0 bytes" in failure
 
 
+PRODUCT = """
+    mov.b32 %r1, 0;
+    mov.b32 %r2, 0;
+    mov.b32 %r3, 0;
+    mov.b32 %r4, 0;
+    mov.f32 %f0, 0f00000000;
+    mov.f32 %f1, 0f00000000;
+    mov.f32 %f2, 0f00000000;
+    mov.f32 %f3, 0f00000000;
+    mov.b64 %d0, 64;
+    mov.pred %p0, 1;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f0, %f1, %f2, %f3}},
+        {{%r1, %r2, %r3, %r4}}, %d0, %p0, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    {early}
+    wgmma.wait_group.sync.aligned 0;
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "touches"),
+    [
+        ("", False),
+        ("mov.b32 %r9, %r2;", False),  # A may be read,
+        ("mov.b32 %r2, 1;", True),  # not written,
+        ("mov.f32 %f9, %f3;", True),  # an accumulator neither
+    ],
+)
+def test_the_registers_of_a_product_are_its_own(early: str, touches: bool) -> None:
+    run = launch(PRODUCT.format(early=early), threads=128)
+    assert not run.failure
+    assert any("register of a product" in report for report in run.reports) is touches
+
+
 # --- TMA ------------------------------------------------------------------------------------------
 
 BOX = """

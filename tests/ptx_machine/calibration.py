@@ -114,12 +114,14 @@ class Flavour:
     warps: int = 4
     stages: int = 3
     sizes: tuple[int, int, int] = (130, 96, 200)
+    cluster: int = 1
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         block = "x".join(map(str, self.block))
         layout = f"{self.major_a}{self.major_b}"
-        return f"{self.function}-sm{self.arch}-{kind}-{layout}-{block}-{self.stages}"
+        cluster = f"-cluster{self.cluster}" if self.cluster > 1 else ""
+        return f"{self.function}-sm{self.arch}-{kind}-{layout}-{block}-{self.stages}{cluster}"
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Return a[M,K] and b[K,N], laid out as the flavour says."""
@@ -138,7 +140,7 @@ class Flavour:
         c = torch.full((m, n), float("nan"), dtype=self.dtype)
         tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
         blocks = {"BM": bm, "BN": bn, "BK": bk}
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "num_ctas": self.cluster}
         names = ["a", "b", "c"]
         ctas, scratch = tiles, []
         if self.function == "by_pointers":
@@ -166,7 +168,7 @@ class Flavour:
             FUNCTIONS[self.function], self.arch, tuple(values), {**blocks, **options}
         )
         values = dict(zip(names, values, strict=True))
-        grid = Grid(ctas, 32 * self.warps, shared_bytes=compiled.shared_bytes)
+        grid = Grid(ctas * self.cluster, 32 * self.warps, self.cluster, compiled.shared_bytes)
         return Launch(compiled, values, grid, (a, b), c, scratch)
 
 
@@ -235,7 +237,9 @@ FLAVOURS = (
     Flavour("by_descriptors", 90, bf16, "m", "k", (128, 64, 64), 8, 2, (264, 72, 200)),
     Flavour("by_descriptors", 90, bf16, "k", "n", (128, 256, 64), 8, 3, (136, 264, 328)),
     Flavour("by_descriptors", 90, bf16, block=(64, 32, 32), stages=5, sizes=(64, 40, 264)),
-    Flavour("persistent", 90, bf16, block=(64, 64, 64), sizes=(264, 200, 136)),
-    Flavour("persistent", 90, fp16, block=(128, 128, 64), warps=8, sizes=(264, 264, 200)),
+    Flavour("by_descriptors", 90, bf16, block=(128, 128, 64), sizes=(264, 200, 328), cluster=2),
+    Flavour("by_pointers", 90, fp16, "k", "n", (128, 128, 64), sizes=(264, 200, 200), cluster=2),
+    Flavour("persistent", 90, bf16, block=(64, 64, 64), sizes=(264, 200, 456)),
+    Flavour("persistent", 90, fp16, block=(128, 128, 64), warps=8, sizes=(264, 264, 328)),
     Flavour("split_k", 90, bf16, block=(64, 64, 64), sizes=(100, 72, 256)),
 )

@@ -16,9 +16,9 @@ class Fault(NamedTuple):
     name: str
     change: Callable[[Statement], Change | None]
 
-    def sites(self, kernel: Kernel) -> list[int]:
-        """Return the statements that it applies to."""
-        return [i for i, s in enumerate(kernel.statements) if self.change(s) is not None]
+    def sites(self, kernel: Kernel, executed: set[int]) -> list[int]:
+        """Return the executed statements that it applies to."""
+        return [i for i in sorted(executed) if self.change(kernel.statements[i]) is not None]
 
     def plant(self, kernel: Kernel, site: int) -> Kernel:
         """Return the program with the fault in one place."""
@@ -183,13 +183,17 @@ class Planted(NamedTuple):
 
 def study(
     kernel: Kernel,
+    executed: set[int],
     attempts: Callable[[Kernel], Iterable[Callable[[], object]]],
     faults: Iterable[Fault] = FAULTS,
     sites: int = 3,
 ) -> Iterator[Planted]:
-    """Plant each fault at up to `sites` places, evenly spread, and try until one attempt fails."""
+    """Plant each fault at up to `sites` executed places, evenly spread; try until an attempt fails.
+
+    `attempts` returns for a program the ways to run it, each of which raises if something is wrong.
+    """
     for fault in faults:
-        found = fault.sites(kernel)
+        found = fault.sites(kernel, executed)
         count = min(sites, len(found))
         for i in range(count):
             site = found[i * (len(found) - 1) // max(count - 1, 1)]

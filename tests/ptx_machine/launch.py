@@ -66,6 +66,10 @@ class Run:
             raise Wrong("\n".join(problems[:20]))
         return self
 
+    def executed(self) -> set[int]:
+        """Return the statements that some lane has executed."""
+        return {i for i, count in enumerate(self.counts) if count[1]}
+
     def by_opcode(self) -> Counter[str]:
         """Count the executed warp instructions by opcode."""
         total: Counter[str] = Counter()

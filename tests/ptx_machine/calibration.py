@@ -214,6 +214,8 @@ class Launch:
         run.check()
         tolerance = 2e-3 if self.output.dtype == torch.float32 else 2**-7
         assert self.error() <= tolerance, f"error {self.error():.3g}"
+        if "flag" in self.values:
+            assert not self.scratch[-1].any(), "a flag is not zero again"
 
 
 def _descriptor(matrix: Tensor, rows: int, depth: int, major: str) -> TensorDescriptor:

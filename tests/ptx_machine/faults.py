@@ -20,11 +20,13 @@ class Fault(NamedTuple):
         """Return the executed statements that it applies to."""
         return [i for i in sorted(executed) if self.change(kernel.statements[i]) is not None]
 
-    def plant(self, kernel: Kernel, site: int) -> Kernel:
-        """Return the program with the fault in one place."""
-        change = self.change(kernel.statements[site])
-        assert change is not None
-        return kernel.replaced(site, **change)
+    def plant(self, kernel: Kernel, sites: Iterable[int]) -> Kernel:
+        """Return the program with the fault in these places."""
+        for site in sites:
+            change = self.change(kernel.statements[site])
+            assert change is not None
+            kernel = kernel.replaced(site, **change)
+        return kernel
 
 
 def _removed(pattern: str) -> Callable[[Statement], Change | None]:
@@ -171,35 +173,45 @@ FAULTS = (
 
 
 class Planted(NamedTuple):
-    """A fault in one place of a program, and by what it was noticed, if it was."""
+    """A fault in some places of a program, and by what it was noticed, if it was."""
 
     fault: Fault
-    line: int
+    lines: list[int]
     noticed: str
 
     def __str__(self) -> str:
-        return f"{self.fault.name}, line {self.line}: {self.noticed or 'not noticed'}"
+        lines = " ".join(map(str, self.lines))
+        return f"{self.fault.name}, line {lines}: {self.noticed or 'not noticed'}"
+
+
+Attempts = Callable[[Kernel], Iterable[Callable[[], object]]]
 
 
 def study(
     kernel: Kernel,
     executed: set[int],
-    attempts: Callable[[Kernel], Iterable[Callable[[], object]]],
+    attempts: Attempts,
     faults: Iterable[Fault] = FAULTS,
     sites: int = 3,
 ) -> Iterator[Planted]:
-    """Plant each fault at up to `sites` executed places, evenly spread; try until an attempt fails.
+    """Plant each fault at up to `sites` executed places, one at a time, evenly spread.
 
-    `attempts` returns for a program the ways to run it, each of which raises if something is wrong.
+    `attempts` returns for a program the ways to run it, each of which raises if something is wrong;
+    they are tried until one does.
     """
     for fault in faults:
         found = fault.sites(kernel, executed)
         count = min(sites, len(found))
         for i in range(count):
             site = found[i * (len(found) - 1) // max(count - 1, 1)]
-            faulty = fault.plant(kernel, site)
-            noticed = next(filter(None, map(_failure, attempts(faulty))), "")
-            yield Planted(fault, kernel.statements[site].line, noticed)
+            yield planted(kernel, fault, [site], attempts)
+
+
+def planted(kernel: Kernel, fault: Fault, sites: list[int], attempts: Attempts) -> Planted:
+    """Plant a fault at all of `sites` and try."""
+    faulty = fault.plant(kernel, sites)
+    noticed = next(filter(None, map(_failure, attempts(faulty))), "")
+    return Planted(fault, [kernel.statements[site].line for site in sites], noticed)
 
 
 def _failure(attempt: Callable[[], object]) -> str:

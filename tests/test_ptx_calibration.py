@@ -8,22 +8,30 @@ import pytest
 import torch
 from ptx_machine import build
 from ptx_machine.faults import FAULTS, planted, study
+from ptx_machine.launch import Wrong
 from ptx_machine.parse import Kernel
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton compiles here", allow_module_level=True)
 from ptx_machine.calibration import FLAVOURS, Flavour
+from ptx_machine.triton_compile import VERSION
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 SWEEP = os.environ.get("PTX_SWEEP") == "1"  # make test-ptx
 SEEDS = range(16 if SWEEP else 3)
 RESIDENT = (1, 4, 2, 8)  # CTAs at a time
+# Triton before 3.7.1 forgets the fence between cp.async and wgmma here, and the machine sees it.
+UNFENCED = FLAVOURS[-1]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS, ids=str)
 def test_the_machine_agrees_with_the_compiler(flavour: Flavour) -> None:
     launch = flavour.launch()
+    if flavour is UNFENCED and VERSION < (3, 8):
+        with pytest.raises(Wrong, match=r"no proxy fence .* product's read .* cp.async write"):
+            launch.run(launch.grid).check()
+        return
     results = []
     for seed in SEEDS:
         launch.check(launch.run(replace(launch.grid, seed=seed, resident=RESIDENT[seed % 4])))
@@ -32,8 +40,8 @@ def test_the_machine_agrees_with_the_compiler(flavour: Flavour) -> None:
         assert torch.equal(other, results[0]), "the order of events shows in the numbers"
 
 
-# Faults of which none may pass, wherever it is planted, and those that must be noticed when they are
-# planted everywhere at once: compilers' barriers and waits come in pairs.
+# Faults of which none may pass, wherever it is planted, and those that must be noticed when planted
+# everywhere at once: compilers' barriers and waits come in pairs.
 ANYWHERE = {
     "A is read transposed",
     "B is read transposed",
@@ -56,6 +64,8 @@ EVERYWHERE = {
 }
 # One flavour for each way of moving data and of synchronising.
 STUDIED = [FLAVOURS[i] for i in (range(len(FLAVOURS)) if SWEEP else (1, 4, 5, 8, 9, 16))]
+if VERSION < (3, 8):
+    STUDIED.remove(UNFENCED)
 
 
 @pytest.mark.parametrize("flavour", STUDIED, ids=str)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from ptx_machine import build, cuda_backend
+from ptx_machine import build, cuda_backend, profile
 from ptx_machine.faults import study
 from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel
@@ -82,7 +82,7 @@ def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
     def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
         (site,) = (i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i])
         for case in (case for case, executed in covered if site in executed):
-            for seed in range(4 if SWEEP else 2):
+            for seed in range(4):
                 machine = Machine(
                     seed=seed,
                     multiprocessors=(6, 2, 8, 4)[seed],
@@ -209,3 +209,16 @@ def test_faults_planted_in_the_triton_kernels_are_noticed(arch: int, direction: 
     case = Case(136, 96, 336, 48, bf16, bias=True, dropout_p=0.25)
     noticed = study_faults(on(arch, SMALL), direction, case)
     assert sum(map(any, noticed.values())) >= (6 if arch == 80 else 12), noticed
+
+
+# --- What a step costs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", profile.BACKENDS)
+def test_a_main_loop_step_does_no_more_than_recorded(name: str) -> None:
+    record = profile.recorded(name)
+    if record is None:
+        pytest.skip(f"no record for {profile.compiler(name)}")
+    for item, found in profile.measure(name).items():
+        assert not profile.grown(found, record[item]), item
+        assert found.conflicts == 0, f"{item}: bank conflicts"

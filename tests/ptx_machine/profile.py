@@ -1,17 +1,28 @@
-"""What the compiled kernels do for each step of a main loop: `python -m ptx_machine.profile`.
+"""What the compiled kernels do for each step of a main loop.
 
-The counts are differences: of the same problem with one stage more to contract, so that what is
-left is one turn of the main loop of each tile. Nothing is timed. Run it with tests/ in PYTHONPATH.
+    PYTHONPATH=tests python -m ptx_machine.profile [--record]
+
+The counts are differences: of the same problem with some stages more to contract, so that what is
+left is a turn of the main loop of each tile. Nothing is timed. `--record` keeps them in
+profile.json; `test_ptx_kernels.py` fails where a kernel has come to do more.
 """
 
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.testing import Case, make_inputs, run_backend
 from ptx_machine import cuda_backend
 from ptx_machine.launch import Run
@@ -22,8 +33,8 @@ KINDS = {
     "copy": ("cp.async",),
     "shared": ("ld.shared", "st.shared", "ldmatrix", "stmatrix"),
     "global": ("ld.global", "st.global", "ld.relaxed", "st.relaxed", "atom", "red"),
-    # How often one waits depends on who is faster; the rest does not.
-    "waiting": ("mbarrier.try_wait", "bra", "setp", "bar", "barrier", "ld.param"),
+    # How often one waits depends on who is faster; moves are gone once registers are assigned.
+    "uncounted": ("mbarrier.try_wait", "bra", "setp", "bar", "barrier", "ld.param", "mov"),
 }
 
 
@@ -90,26 +101,67 @@ def table(rows: dict[str, Profile]) -> str:
     return "\n".join(lines)
 
 
-def measure() -> dict[str, Profile]:
-    """Return a main-loop step of every backend, with and without dropout."""
-    from lora_kernels.ops.lora_linear.config import TileConfig
+WIDE = TileConfig(128, 256, 64, warps=8, stages=3)
+BACKENDS: dict[str, Callable[[Machine], Backend]] = {"cuda": cuda_backend.on}
+if importlib.util.find_spec("triton"):
     from ptx_machine import triton_backend
 
-    wide = TileConfig(128, 256, 64, warps=8, stages=3)
-    backends: dict[str, Callable[[Machine], Backend]] = {
-        "cuda sm_90a": cuda_backend.on,
-        "triton sm_80": lambda machine: triton_backend.on(machine, 80, wide),
-        "triton sm_90": lambda machine: triton_backend.on(machine, 90, wide),
-    }
+    BACKENDS["triton sm_80"] = lambda machine: triton_backend.on(machine, 80, WIDE)
+    BACKENDS["triton sm_90"] = lambda machine: triton_backend.on(machine, 90, WIDE)
+
+
+def measure(name: str) -> dict[str, Profile]:
+    """Return a main-loop step of a backend, with and without dropout."""
     found = {}
-    for name, on in backends.items():
-        for dropout_p in (0.0, 0.5):
-            only_dx = (True, False, False)
-            case = Case(128, 256, 256, 16, torch.bfloat16, dropout_p=dropout_p, needs=only_dx)
-            suffix = " dropout" if dropout_p else ""
-            found[f"{name} forward{suffix}"], found[f"{name} dx{suffix}"] = step(on, case)
+    for dropout_p in (0.0, 0.5):
+        only_dx = (True, False, False)
+        case = Case(128, 256, 256, 16, torch.bfloat16, dropout_p=dropout_p, needs=only_dx)
+        suffix = " dropout" if dropout_p else ""
+        found[f"forward{suffix}"], found[f"dx{suffix}"] = step(BACKENDS[name], case)
     return found
 
 
+def compiler(name: str) -> str:
+    """Return the version of what compiles a backend: another may well emit other code."""
+    if name == "cuda":
+        nvcc = shutil.which("nvcc")
+        assert nvcc is not None
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+        return f"nvcc {re.search(r'release ([0-9.]+)', text.stdout)[1]}"  # type: ignore[index]
+    return f"triton {importlib.metadata.version('triton')}"
+
+
+RECORD = Path(__file__).with_suffix(".json")
+
+
+def recorded(name: str) -> dict[str, Profile] | None:
+    """Return what is on record for a backend as compiled here, or None."""
+    record = json.loads(RECORD.read_text()).get(name, {})
+    if record.get("compiler") != compiler(name):
+        return None
+    return {item: Profile(**values) for item, values in record["steps"].items()}
+
+
+def grown(found: Profile, record: Profile) -> list[str]:
+    """Return in what a step does more than recorded; of the rest 5 % are allowed."""
+    slack = {"other": 1.05}
+    return [
+        f"{name}: {now}, recorded {then}"
+        for name, now, then in zip(Profile._fields, found, record, strict=True)
+        if now > then * slack.get(name, 1.0)
+    ]
+
+
+def main() -> None:
+    record = {}
+    for name in BACKENDS:
+        steps = measure(name)
+        sys.stdout.write(f"\n{name}, {compiler(name)}\n\n{table(steps)}\n")
+        steps_ = {item: step._asdict() for item, step in steps.items()}
+        record[name] = {"compiler": compiler(name), "steps": steps_}
+    if "--record" in sys.argv:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table(measure()) + "\n")
+    main()

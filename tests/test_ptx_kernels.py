@@ -215,7 +215,7 @@ def test_faults_planted_in_the_triton_kernels_are_noticed(arch: int, direction: 
     assert sum(map(any, noticed.values())) >= (6 if arch == 80 else 12), noticed
 
 
-# --- What a step costs -----------------------------------------------------------------------------
+# --- What a step costs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", profile.BACKENDS)

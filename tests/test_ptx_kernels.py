@@ -90,6 +90,7 @@ def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
                 machine = Machine(
                     seed=seed,
                     multiprocessors=(6, 2, 8, 4)[seed],
+                    limit=3_000_000,
                     edit=lambda k: faulty if k is kernel else k,
                 )
                 yield lambda machine=machine, case=case: check(machine, case)

@@ -47,6 +47,7 @@ class Grid:
     seed: int = 0
     races: bool = True
     strict: bool = False
+    limit: int = 100_000_000  # warp instructions
 
 
 @dataclass
@@ -109,6 +110,7 @@ def run(kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
         seed=grid.seed,
         races=grid.races,
         strict=grid.strict,
+        limit=grid.limit,
         memory=[(*where, writable) for where, writable in memory.ranges.items()],
         parameters=parameters,
     )

@@ -22,6 +22,7 @@ class Machine:
     resident: int = 3
     races: bool = True
     strict: bool = False
+    limit: int = 100_000_000
     judged: bool = True
     edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
     runs: list[Run] = field(default_factory=list)
@@ -29,7 +30,12 @@ class Machine:
     def launch(self, kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
         """Run `kernel` on `grid` as this machine times it."""
         grid = replace(
-            grid, resident=self.resident, seed=self.seed, races=self.races, strict=self.strict
+            grid,
+            resident=self.resident,
+            seed=self.seed,
+            races=self.races,
+            strict=self.strict,
+            limit=self.limit,
         )
         self.runs.append(run(self.edit(kernel), parameters, memory, grid))
         return self.runs[-1].check() if self.judged else self.runs[-1]

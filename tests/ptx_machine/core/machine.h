@@ -25,6 +25,7 @@ struct Launch {
   u32 seed = 0;
   bool races = true;
   bool strict = false;  // count what the letter of the memory model does not promise
+  u64 limit = 0;        // warp instructions
 };
 
 struct Counts {

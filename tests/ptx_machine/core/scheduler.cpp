@@ -118,6 +118,7 @@ void Machine::run() {
       ready_.pop_back();
     }
     if (instructions - last_progress_ > kPatience) dead_end();
+    if (instructions > launch.limit) throw Failure("it goes on and on");
   }
   if (!flights_.empty()) throw Failure("a TMA load is on its way to a CTA that has left");
   for (const auto& cluster : clusters_) {

@@ -10,11 +10,10 @@ import pytest
 import torch
 from ptx_machine import build, cuda_backend, profile
 from ptx_machine.faults import study
-from ptx_machine.machine import Machine
+from ptx_machine.machine import Machine, dirty_words
 from ptx_machine.parse import Kernel
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear import workspace
 from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.testing import (
     CASES,
@@ -58,8 +57,7 @@ def judge(on: On, case: Case) -> None:
         for name, one, other in zip(results._fields, first, results, strict=True):
             if one is not None and other is not None:
                 assert torch.equal(one, other), f"{name} depends on the order of events in {case}"
-        words = workspace.reserve(1, torch.device("cpu"))
-        assert not words.any(), "the workspace must be zero between launches"
+        assert dirty_words() == 0, "the workspace must be zero between launches"
 
 
 def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
@@ -77,11 +75,9 @@ def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
         covered.append((case, run.executed()))
     assert kernel is not None
 
-    words = workspace.reserve(1, torch.device("cpu"))
-
     def check(machine: Machine, case: Case) -> None:
         check_backend(on(machine), case)
-        assert not words.any(), "the workspace is not zero again"
+        assert dirty_words() == 0, "the workspace is not zero again"
 
     def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
         (site,) = (i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i])
@@ -94,13 +90,12 @@ def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
                     edit=lambda k: faulty if k is kernel else k,
                 )
                 yield lambda machine=machine, case=case: check(machine, case)
-                words.zero_()
 
     noticed: dict[str, list[bool]] = {}
     executed = set().union(*(executed for _, executed in covered))
     for planted in study(kernel, executed, attempts, sites=6 if SWEEP else 2):
         noticed.setdefault(planted.fault.name, []).append(bool(planted.noticed))
-        words.zero_()  # of what the fault has left there
+        dirty_words()  # what the fault has left there
         print(planted)
     return noticed
 

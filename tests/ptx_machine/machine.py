@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear import workspace
 from ptx_machine.launch import Grid, Memory, Run, run
 from ptx_machine.parse import Kernel
 
@@ -39,6 +40,15 @@ class Machine:
         )
         self.runs.append(run(self.edit(kernel), parameters, memory, grid))
         return self.runs[-1].check() if self.judged else self.runs[-1]
+
+
+def dirty_words() -> int:
+    """Return how many words the launches so far have left in their workspaces, and clear them."""
+    dirty = 0
+    for words in workspace._by_stream.values():
+        dirty += int(words.count_nonzero())
+        words.zero_()
+    return dirty
 
 
 def inputs(arguments: tuple[object, ...]) -> list[Tensor]:

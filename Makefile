@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip install --quiet
 TRITON36 := $(CURDIR)/$(VENV)/triton36
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 RESULTS ?= runs/gpu
-CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests/ptx_machine -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo initialisation test test-ptx lint format bench bench-compare gpu gpu-quick clean help
 

@@ -126,8 +126,9 @@ def _shifted_descriptor(bit: int) -> Callable[[Statement], Change | None]:
     return change
 
 
-def _no_multicast_to(cta: int) -> Callable[[Statement], Change | None]:
-    return _number(r"multicast::cluster$", 3, lambda mask: mask & ~(1 << cta))
+def _unmasked(mask: int) -> int:
+    """Return all ones for a mask that cuts an address down to what a descriptor holds."""
+    return -1 if mask in (0x3FFF, 0x3FFF0, 0x3FFFF) else mask
 
 
 FAULTS = (
@@ -151,6 +152,7 @@ FAULTS = (
     Fault("B is read transposed", _swapped_major(1)),
     Fault("the leading offset is 16 bytes off", _shifted_descriptor(16)),
     Fault("the stride offset is 16 bytes off", _shifted_descriptor(32)),
+    Fault("a descriptor takes the rank in its address", _number(r"^and\.b(32|64)$", 2, _unmasked)),
     Fault("the phase waited for never flips", _wait(0)),
     Fault("an mbarrier is not waited for", _wait(None)),
     Fault("half of the bytes are expected", _number(r"expect_tx", 2, lambda n: n // 2)),

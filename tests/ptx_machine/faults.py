@@ -127,8 +127,8 @@ def _shifted_descriptor(bit: int) -> Callable[[Statement], Change | None]:
 
 
 def _unmasked(mask: int) -> int:
-    """Return all ones for a mask that cuts an address down to what a descriptor holds."""
-    return -1 if mask in (0x3FFF, 0x3FFF0, 0x3FFFF) else mask
+    """Return a mask that keeps bits 18 and up, where it cuts an address for a descriptor."""
+    return mask | ~0x3FFFF if 0x3C000 <= mask <= 0x3FFFF else mask
 
 
 FAULTS = (

@@ -17,7 +17,6 @@ from typing import Any
 
 import cuda_builds
 import pytest
-import torch
 from torch import Tensor
 
 from lora_kernels import extension
@@ -39,13 +38,6 @@ def kernels() -> dict[str, Kernel]:
     """Return the compiled kernels by their mangled names."""
     texts = [path.read_text() for path in sorted(_folder().glob("*.ptx"))]
     return {kernel.name: kernel for kernel in map(parse, texts)}
-
-
-def kernel(direction: str, dtype: torch.dtype = torch.bfloat16) -> Kernel:
-    """Return the kernel of `direction` for `dtype`."""
-    element = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}[dtype]
-    (found,) = (k for name, k in kernels().items() if direction in name and element in name)
-    return found
 
 
 def takes(problem: Problem) -> bool:

@@ -141,6 +141,7 @@ class Flavour:
         tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
         blocks = {"BM": bm, "BN": bn, "BK": bk}
         options = {"num_warps": self.warps, "num_stages": self.stages, "num_ctas": self.cluster}
+        options |= {"enable_fp_fusion": True}
         names = ["a", "b", "c"]
         ctas, scratch = tiles, []
         if self.function == "by_pointers":

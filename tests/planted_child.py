@@ -73,6 +73,13 @@ def cpu_out_of_memory(call: Forward, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def always_out_of_memory(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("another process has it all")
+
+
+leaving = right
+
+
 def slow(call: Forward, y: torch.Tensor) -> torch.Tensor:
     time.sleep(2e-3)
     return y
@@ -120,6 +127,16 @@ if __name__ == "__main__":
     planted = [
         remembering() if name == "fast" else backend(name) for name in names if name != "lingering"
     ]
+    if "leaving" in names:  # between two steps
+        write = os.write
+
+        def write_and_leave(pipe: int, line: bytes) -> int:
+            written = write(pipe, line)
+            if b'"end": 2,' in line:
+                os._exit(0)
+            return written
+
+        os.write = write_and_leave
     status = child.main(sys.argv[2:], planted)
     time.sleep(600 * lingers)
     sys.exit(status)

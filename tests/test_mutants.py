@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mutants import MUTANTS
+from mutants import MUTANTS, given
 
 from lora_kernels import testing
 from lora_kernels.dispatch import Backend
@@ -16,6 +16,7 @@ from lora_kernels.testing import (
     bf16,
     check_backend,
     check_frozen,
+    check_non_finite,
     fp16,
     fp32,
 )
@@ -29,6 +30,21 @@ def test_the_reference_passes_every_case(case: Case, device: str) -> None:
 @pytest.mark.parametrize("case", FROZEN_CASES, ids=str)
 def test_b_zero_is_the_frozen_layer_bit_for_bit(case: Case, device: str) -> None:
     check_frozen(BACKEND, case, device)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_non_finite_numbers_are_judged_where_dropout_keeps_them(
+    value: float, dropout_p: float
+) -> None:
+    case = Case(60, 52, 64, 24, bf16, None, True, dropout_p)
+    check_non_finite(BACKEND, case, value)
+
+    def clears(call: operands.Forward) -> operands.Forward:
+        return call._replace(x=call.x.nan_to_num(0.0, 0.0, 0.0))
+
+    with pytest.raises(AssertionError):
+        check_non_finite(given(clears, "y")(BACKEND), case, value)
 
 
 def test_a_scaling_that_passes_through_16_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +74,8 @@ def test_a_scaling_that_passes_through_16_bits_is_noticed(monkeypatch: pytest.Mo
         (0.25, 0.0, fp16, (1.0, 0.25)),
         (0.25, 0.0, bf16, (0.25, 1.0)),
         (1.0, 0.5, fp32, (1.0, 2.0)),
-        (2.0**120, 0.0, fp16, (2.0**20, 2.0**100)),
+        (2.0**120, 0.0, fp16, (1.0, 2.0**100)),
+        (-(2.0**120), 0.0, fp16, (-1.0, 2.0**100)),
         (2.0**-80, 0.0, fp16, (2.0**-16, 2.0**-64)),
         (2.0**30, 0.0, bf16, (2.0**6, 2.0**24)),
     ],

@@ -82,6 +82,24 @@ def test_a_defect_gets_its_verdict_and_the_rest_goes_on(
     assert len(found["fast"].measured) == 2
 
 
+def test_a_time_without_a_check_proves_nothing() -> None:
+    found = verdicts("always_out_of_memory")["always_out_of_memory"]
+    assert (found.outcome, found.checks) == (record.UNTRIED, 0)
+
+
+def test_leaving_between_two_steps_is_a_crash() -> None:
+    found = verdicts("leaving,fast")
+    assert found["leaving"].outcome == record.CRASHED
+    assert "ended before it, exit status 0" in found["leaving"].detail
+    assert found["fast"].outcome == record.RIGHT
+
+
+def test_what_failed_once_is_not_made_right_by_other_sizes() -> None:
+    wrong, right = (a_record(measured(), outcome=o) for o in (record.WRONG, record.RIGHT))
+    for old, new in ((wrong, right), (right, wrong)):
+        assert command.merged(old, new).backends["mine"].outcome == record.WRONG
+
+
 def test_a_hang_costs_its_limit_and_has_a_name() -> None:
     found = verdicts("hanging,fast", limit_s=5.0)
     assert found["hanging"].outcome == record.HUNG
@@ -218,6 +236,11 @@ def test_a_record_survives_the_file() -> None:
         lambda text: text.replace('"checks": 7', '"checks": 7, "more": 1'),
         lambda text: text.replace('"created"', '"born"'),
         lambda text: "[" * 100_000,
+        lambda text: text.replace('"time_us": 90', '"time_us": NaN'),
+        lambda text: text.replace('"composition_us": 100', '"composition_us": 0'),
+        lambda text: text.replace('"frozen_us": 80', '"frozen_us": 0.0'),
+        lambda text: text.replace('"n": 4096', '"n": 1' + 400 * "0"),
+        lambda text: text.replace('"x_graph": null', '"x_graph": "fast"'),
     ],
 )
 def test_a_spoilt_file_is_a_miss_with_a_reason(spoil: Any) -> None:
@@ -235,6 +258,12 @@ def test_a_record_of_another_environment_is_not_found() -> None:
     record.save(a_record(measured()))
     for key in HERE:
         assert isinstance(record.find({**HERE, key: "another"}), str), key
+
+
+def test_a_record_under_another_environment_s_name_is_a_miss() -> None:
+    path = record.save(a_record(measured()))
+    record.save(a_record(measured(), name="another"), path)
+    assert "of another environment" in str(record.find(HERE))
 
 
 def test_two_writers_at_once_leave_a_whole_record() -> None:

@@ -57,11 +57,13 @@ def main(argv: list[str] | None = None, child: tuple[str, ...] = CHILD) -> int:
 
 
 def merged(old: Record, new: Record) -> Record:
-    """Return `new` with the sizes that only `old` measured, for backends that are right in both."""
+    """Return `new` with the sizes that only `old` measured; what failed in either has failed."""
     backends = dict(old.backends)
     for name, verdict in new.backends.items():
         before = old.backends.get(name, Verdict(record.UNTRIED))
-        if verdict.outcome == before.outcome == record.RIGHT:
+        if before.outcome not in (record.RIGHT, record.UNTRIED):
+            verdict = before  # what failed once is not made right by other sizes
+        elif verdict.outcome == before.outcome == record.RIGHT:
             again = set(map(_sizes, verdict.measured))
             kept = tuple(m for m in before.measured if _sizes(m) not in again)
             timed = tuple(dict.fromkeys((*verdict.timed, *before.timed)))

@@ -22,6 +22,7 @@ from typing import Any
 
 from lora_kernels.qualify import record
 from lora_kernels.qualify.checks import SPEED, Options
+from lora_kernels.qualify.child import CRASHED
 from lora_kernels.qualify.record import Measured, Record, Verdict
 
 CHILD = (sys.executable, "-m", "lora_kernels.qualify.child")
@@ -50,19 +51,25 @@ class _Run:
             verdict = replace(verdict, timed=(*verdict.timed, name))
             self.verdicts[backend] = verdict
         if outcome == record.RIGHT:
-            measured = verdict.measured
-            if "measured" in found:
-                measured = (*measured, Measured(**found["measured"]))
+            if "measured" in found:  # a time proves nothing
+                measured = (*verdict.measured, Measured(**found["measured"]))
+                self.verdicts[backend] = replace(verdict, measured=measured)
+                return
             self.verdicts[backend] = replace(
                 verdict,
                 outcome=record.RIGHT,
-                checks=verdict.checks + ("measured" not in found),
+                checks=verdict.checks + 1,
                 worst_error=max(verdict.worst_error, found.get("error", 0.0)),
-                measured=measured,
             )
         elif outcome != record.MEMORY:  # too little memory says nothing about a backend
             detail = f"{name}: {detail}" if detail else name
             self.verdicts[backend] = replace(verdict, outcome=outcome, detail=detail)
+
+    @property
+    def rest(self) -> list[int]:
+        """The steps that are still to be tried."""
+        left_out, steps = self.left_out, range(self.next, len(self.steps))
+        return [i for i in steps if self.steps[i][0] not in left_out]
 
     @property
     def left_out(self) -> list[str]:
@@ -139,9 +146,11 @@ def _one_child(
                 process.wait()
                 said = {}
             if not run.environment:
-                raise RuntimeError(f"nothing can be tried: {_last(output)}")
+                if said is None:
+                    _end(process)  # it has said nothing for two minutes
+                raise RuntimeError(f"nothing can be tried: {_ending(process, output)}")
             if said is None and current is None:  # between steps, or after the last
-                return started_at < run.next < len(run.steps)
+                return run.next > started_at and bool(run.rest)
             if said is None:
                 assert current is not None
                 run.settle(current, record.HUNG, f"no end within {pipe.limit_s:.0f} s", {})
@@ -150,11 +159,10 @@ def _one_child(
                 killed = process.returncode == -signal.SIGKILL
                 outcome = record.MEMORY if killed else record.CRASHED
                 run.settle(current, outcome, _ending(process, output), {})
-            elif process.returncode == 0:
-                return False
-            elif run.next == started_at:
-                raise RuntimeError(f"the child ended before a step: {_ending(process, output)}")
-            return run.next < len(run.steps)
+            elif process.returncode != CRASHED and run.rest:
+                ending = f"ended before it, {_ending(process, output)}"
+                run.settle(run.rest[0], record.CRASHED, ending, {})
+            return bool(run.rest)
         finally:
             os.close(reading)
             _end(process)
@@ -193,7 +201,7 @@ class _Pipe:
 
 
 def _ending(process: "subprocess.Popen[bytes]", output: Any) -> str:
-    code = process.returncode
+    code = process.wait() if process.returncode is None else process.returncode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return f"{how}: {_last(output)}" if _last(output) else how
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -128,7 +129,7 @@ def from_json(text: str) -> Record:
             raise Unreadable("its digest is not that of its environment")
         backends = {}
         for name, entry in body["backends"].items():
-            measured = tuple(_typed(Measured, fields) for fields in entry.pop("measured"))
+            measured = tuple(map(_measured, entry.pop("measured")))
             timed = tuple(map(str, entry.pop("timed")))
             verdict = _typed(Verdict, entry)
             backends[name] = dataclasses.replace(verdict, measured=measured, timed=timed)
@@ -149,6 +150,18 @@ def _typed(kind: Any, fields: Mapping[str, Any]) -> Any:
             continue
         if wanted in (int, float, bool, str) and type(value) is not wanted:
             raise TypeError(f"{field.name} is {value!r}")
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{field.name} is {value}")
+    return built
+
+
+def _measured(fields: Mapping[str, Any]) -> Measured:
+    built: Measured = _typed(Measured, fields)
+    if built.x_graph is not None and type(built.x_graph) is not float:
+        raise TypeError(f"x_graph is {built.x_graph!r}")
+    sizes, times = (built.m, built.n, built.k, built.r), (built.composition_us, built.frozen_us)
+    if not all(0 <= s < 2**62 for s in sizes) or not all(t > 0 for t in times):
+        raise ValueError(f"sizes {sizes}, times {times}")
     return built
 
 
@@ -266,7 +279,7 @@ def find(here: Mapping[str, Any]) -> Record | str:
         RuntimeError: `LORA_KERNELS_RECORD` pins a file that cannot serve here.
     """
     if pinned := os.environ.get("LORA_KERNELS_RECORD"):
-        return _pinned(Path(pinned).expanduser(), here)
+        return _pinned(Path(pinned), here)
     record = kept(here)
     if isinstance(record, Record):
         return record
@@ -277,9 +290,13 @@ def find(here: Mapping[str, Any]) -> Record | str:
 def kept(here: Mapping[str, Any]) -> Record | str:
     """Return what this machine itself found in the environment `here`, or why there is nothing."""
     try:
-        return _read(folder() / f"{digest(here)}.json")
+        path = folder() / f"{digest(here)}.json"
     except RuntimeError as error:
         return f"there is no cache folder ({error})"
+    record = _read(path)
+    if isinstance(record, Record) and record.environment != here:
+        return f"{path} cannot be used: it is of another environment"
+    return record
 
 
 def _read(path: Path) -> Record | str:
@@ -292,6 +309,8 @@ def _read(path: Path) -> Record | str:
 
 
 def _pinned(path: Path, here: Mapping[str, Any]) -> Record:
+    if not path.is_file():
+        raise RuntimeError(f"LORA_KERNELS_RECORD={path} is no file")
     record = _read(path)
     if not isinstance(record, Record):
         raise RuntimeError(f"LORA_KERNELS_RECORD={path}: {record}")

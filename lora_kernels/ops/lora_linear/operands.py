@@ -121,4 +121,7 @@ def split_scaling(scaling: float, dropout_p: float, dtype: torch.dtype) -> Scale
         exponent -= 1
     least, most = (-64, 100) if dtype == torch.float16 else (0, 24)
     exponent = min(max(exponent, least), most)
-    return Scale(math.ldexp(s, -exponent), math.ldexp(1.0, exponent))
+    factor = math.ldexp(s, -exponent)
+    if dtype == torch.float16:  # beyond 2¹⁰⁰ whatever is not zero is infinite there anyway
+        factor = max(-1.0, min(factor, 1.0))
+    return Scale(factor, math.ldexp(1.0, exponent))

@@ -88,7 +88,8 @@ def jobs_for(arch: int) -> Iterator[dict[str, Any]]:
     for direction in ("forward", "backward"):
         backward = direction == "backward"
         if arch == 120:
-            yield job(direction, base, pick(base, backward=backward))
+            for problem in (base, base._replace(r=16)):
+                yield job(direction, problem, pick(problem, backward=backward))
             continue
         for config in candidates(base, backward=backward):
             yield job(direction, base, config)

@@ -139,8 +139,9 @@ def _spills(config: TileConfig, problem: Problem, br: int, backward: bool) -> bo
     masked, split = problem.dropout, problem.adapter_dtype.itemsize == 4
     if problem.arch == 90 or problem.dtype.itemsize == 4 or config.bm < 128:
         return False
-    if config.bn == 256:  # with TMA beside mma, as on sm_120, always
-        return backward or (problem.arch or 0) >= 120 or (masked and not _tcgen05(problem))
+    if config.bn == 256:
+        beside_tma = (problem.arch or 0) >= 120 and br > 16
+        return backward or beside_tma or (masked and not _tcgen05(problem))
     if config.warps == 8:
         return masked and split and config.bk == 64
     if backward:

@@ -20,8 +20,8 @@ UNITS = {*BACKENDS, "lora_kernels.audit", "lora_kernels.peft"}  # a folder count
 # Each layer may import the ones below it; data flows one way.
 LAYERS = (
     {"lora_kernels.info", f"{QUALIFY}.__main__"},
-    {f"{QUALIFY}.child"},
     {f"{QUALIFY}.parent"},
+    {f"{QUALIFY}.child"},
     {f"{QUALIFY}.checks"},
     {f"{QUALIFY}.timing"},
     {"lora_kernels"},

@@ -8,28 +8,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+from triton_offline import Target
 
 from ptx_machine.launch import Grid, Memory, Run, pack, run, tensor_map
 from ptx_machine.parse import Kernel, parse
-
-
-class Target:
-    """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ results file, tables, plots and the record.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -18,19 +19,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from bench.forced import CASES, FEW_CTAS, forced, tiles
+from bench.forced import CASES, FEW_CTAS, Tile, every_tile, forced
 from bench.measure import attempt
 from bench.process import run
 from bench.providers import problem
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import BACKENDS
-from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.testing import (
     Case,
+    Inputs,
     assert_accurate,
     bf16,
     expected,
+    fp32,
     fp64,
     make_inputs,
     run_backend,
@@ -172,24 +175,45 @@ def check_small_set(device: torch.device) -> Iterator[bool]:
             if reason := backend.why_not(facts):
                 print(f"{backend.name}: {case}: skipped: {reason}", flush=True)
                 continue
-            several = tiles(facts) if backend.name == "triton" else [None]
+            several = every_tile(facts) if backend.name == "triton" else [None]
             for tile in several:
                 yield _right(backend, case, device, tile)
 
 
-def _right(backend: Backend, case: Case, device: torch.device, tile: TileConfig | None) -> bool:
+def _right(backend: Backend, case: Case, device: torch.device, tile: Tile | None) -> bool:
+    if tile is not None:
+        case = tile.judge(case)
     verdict = attempt(_judge, backend, case, device, tile) or "right"
     print(f"{backend.name}: {case} {tile or ''}: {verdict}", flush=True)
     return verdict == "right"
 
 
-def _judge(backend: Backend, case: Case, device: torch.device, tile: TileConfig | None) -> None:
-    inputs, on_cpu = make_inputs(case, device), make_inputs(case)
+def _judge(backend: Backend, case: Case, device: torch.device, tile: Tile | None) -> None:
+    inputs = make_inputs(case, device)
     with forced(tile, FEW_CTAS if tile else None):
         results = run_backend(backend, case, inputs)
-    exact, eager = (expected(case, on_cpu, dtype) for dtype in (fp64, case.dtype))
+    right = _right_results(case._replace(needs=(True, True, True)), tile is not None and tile.tf32)
     for name, got in results._asdict().items():
-        assert_accurate(name, got, exact[name], eager[name])
+        if got is not None:
+            assert_accurate(name, got, *right[name])
+
+
+@functools.lru_cache(maxsize=2)
+def _right_results(case: Case, tf32: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each result by the oracle in float64 and in the operands' dtype, both on the CPU."""
+    inputs = make_inputs(case)
+    exact = expected(case, inputs, fp64)
+    if tf32:
+        inputs = Inputs(*map(_as_tf32, inputs))
+    eager = expected(case, inputs, case.dtype)
+    return {name: (exact[name], eager[name]) for name in exact}
+
+
+def _as_tf32(operand: Tensor | None) -> Tensor | None:
+    """Return an fp32 operand as a tensor core reads it: without the last 13 bits, not rounded."""
+    if operand is None or operand.dtype != fp32:
+        return operand
+    return (operand.view(torch.int32) & -(1 << 13)).view(fp32)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.forced import FEW_CTAS, forced, tiles
+from bench.forced import FEW_CTAS, Tile, forced, tiles
 from bench.process import JOBS, run
 from bench.providers import problem
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear import BACKENDS, workspace
+from lora_kernels.ops.lora_linear import BACKENDS, Problem, workspace
 from lora_kernels.testing import (
     Case,
     Inputs,
@@ -52,7 +52,7 @@ class Rung(NamedTuple):
     """One step: a case, of whose results only the needed ones are computed.
 
     Forward alone where `case` needs no gradient, else backward alone on the oracle's P, or both.
-    `tile`: the Triton tile by its place among the candidates, largest first; `ctas`: how many CTAs.
+    `tile`: the Triton tile by its place in the direction, largest first; `ctas`: how many CTAs.
     """
 
     backend: str
@@ -61,9 +61,16 @@ class Rung(NamedTuple):
     both: bool = False
     tile: int | None = None
     ctas: int | None = None
+    tf32: bool = False
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.name}"
+
+    def forced(self, facts: Problem) -> Tile | None:
+        """Return the tile to force on a device with `facts`."""
+        if self.tile is None:
+            return None
+        return tiles(facts, backward=any(self.case.needs), tf32=self.tf32)[self.tile]
 
 
 def _cuda(name: str, sizes: Sizes, needs: Needs = FORWARD, **more: Any) -> Rung:
@@ -72,10 +79,10 @@ def _cuda(name: str, sizes: Sizes, needs: Needs = FORWARD, **more: Any) -> Rung:
 
 def _triton(
     name: str, sizes: Sizes, needs: Needs = FORWARD, tile: int = 0, ctas: int | None = None,
-    **more: Any,
+    tf32: bool = False, **more: Any,
 ) -> Rung:  # fmt: skip
     case = Case(*sizes, **{"dtype": bf16, "needs": needs, **more})
-    return Rung("triton", name, case, tile=tile, ctas=ctas)
+    return Rung("triton", name, case, tile=tile, ctas=ctas, tf32=tf32)
 
 
 CUDA = (
@@ -128,6 +135,8 @@ TRITON = (
     _triton("dropout, all gradients", (300, 512, 512, 64), ALL, ctas=FEW_CTAS, dropout_p=0.3),
     _triton("fp32 adapters", (300, 512, 512, 16), ALL, ctas=FEW_CTAS, adapter_dtype=fp32),
     _triton("fp32", (300, 512, 512, 16), ALL, ctas=FEW_CTAS, dtype=fp32),
+    _triton("TF32", (300, 512, 512, 16), ctas=FEW_CTAS, dtype=fp32, tf32=True),
+    _triton("TF32, all gradients", (300, 512, 512, 16), ALL, ctas=FEW_CTAS, dtype=fp32, tf32=True),
     Rung("triton", "everything, fp16", Case(2100, 1159, 1031, 136, fp16, None, True, 0.3), True),
 )
 # Alternating, so that a time limit cuts both short alike.
@@ -206,8 +215,7 @@ def climb_one(rung: Rung, device: torch.device) -> int:
     if reason := backend.why_not(facts):
         print(f"skipped: {reason}")
         return SKIPPED
-    tile = None if rung.tile is None else tiles(facts)[rung.tile]
-    with forced(tile, rung.ctas):
+    with forced(rung.forced(facts), rung.ctas):
         complaints = list(examine(backend, rung.case, device, both=rung.both))
     print("\n".join(complaints))
     return WRONG if complaints else 0

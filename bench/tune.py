@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from bench.cases import TABLES, BenchCase
-from bench.forced import FEW_CTAS, forced, tiles
+from bench.forced import FEW_CTAS, Tile, every_tile, forced
 from bench.measure import attempt, call_of, operand_sets, time_calls
 from bench.providers import AGAIN, FROZEN, PROVIDERS, problem
 from bench.timing import Call
 from lora_kernels.ops.lora_linear import triton
-from lora_kernels.ops.lora_linear.config import TileConfig, pick
+from lora_kernels.ops.lora_linear.config import pick
 from lora_kernels.testing import check_backend
 
 # Several tiles, one of them ragged, for every CTA; rows of x and W stay aligned for TMA.
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deadline = time.monotonic() + options.budget
-    print("TUNED = {  # (arch, M, N, K, R, itemsize, backward): × frozen, and that of the rule")
+    print("TUNED = {  # (arch, M, N, K, R, itemsize, backward, TF32): × frozen, and the rule's")
     for bench_case in TABLES[options.table]:
         if time.monotonic() > deadline:
             print(f"    # no time left from {bench_case.name} on")
@@ -54,36 +54,36 @@ def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterato
         return
     sizes = {"m": GATE_ROWS, "n": GATE_FEATURES, "k": GATE_FEATURES}
     gated = case._replace(**{name: min(getattr(case, name), most) for name, most in sizes.items()})
-    right = []
-    for config in tiles(facts):
-        with forced(config, FEW_CTAS):
-            verdict = attempt(check_backend, triton.BACKEND, gated, device)
+    right: dict[tuple[bool, bool], list[Tile]] = {}
+    for tile in every_tile(facts):
+        with forced(tile, FEW_CTAS):
+            verdict = attempt(check_backend, triton.BACKEND, tile.judge(gated), device)
         if isinstance(verdict, str):
-            yield f"# {config} {verdict}"
+            yield f"# {tile} {verdict}"
         else:
-            right.append(config)
-    if not right:
-        return
+            right.setdefault((tile.backward, tile.tf32), []).append(tile)
     sets = operand_sets(case, device)
     frozen, ours = (
         [provider.build(operands, case) for operands in sets]
         for provider in PROVIDERS
         if provider.name in (FROZEN, f"lora_kernels.{triton.BACKEND.name}")
     )
-    for backward, direction in enumerate(("forward", "backward")):
+    for (backward, tf32), several in right.items():
+        direction = "backward" if backward else "forward"
         yardstick, call = (call_of(direction, layers, sets) for layers in (frozen, ours))
         calls = {FROZEN: yardstick, AGAIN: yardstick}
-        calls |= {str(config): _forced(config, call) for config in right}
-        rows = time_calls(calls, device, seconds)
-        timed = {config: rows[str(config)].info["x_frozen"] for config in right}
-        best, ruled = min(timed, key=timed.__getitem__), pick(facts, backward=bool(backward))
-        key = facts.arch, case.m, case.n, case.k, case.r, case.dtype.itemsize, bool(backward)
+        calls |= {str(tile): _forced(tile, call) for tile in several}
+        with forced(several[0]):  # for its precision, which the yardstick shares
+            rows = time_calls(calls, device, seconds)
+        timed = {tile.config: rows[str(tile)].info["x_frozen"] for tile in several}
+        best, ruled = min(timed, key=timed.__getitem__), pick(facts, backward=backward, tf32=tf32)
+        key = facts.arch, *case[:4], case.dtype.itemsize, backward, tf32
         yield f"{key}: {best},  # {timed[best]:.3f}, rule {timed.get(ruled, float('nan')):.3f}"
 
 
-def _forced(config: TileConfig, call: Call) -> Call:
+def _forced(tile: Tile, call: Call) -> Call:
     def run(state: Any) -> object:
-        with forced(config):
+        with forced(tile):
             return call.run(state)
 
     return Call(call.prepare, run)

@@ -1,6 +1,7 @@
 """The GPU campaign, without a GPU: it names what is wrong, what hangs and what crashes, in time."""
 
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from scripts import CRASHES, HANGS, RIGHT, WRONG, script
 
 from bench import forced, gpu, ladder, process, watch
 from lora_kernels.ops.lora_linear import reference, triton
+from lora_kernels.ops.lora_linear.config import candidates
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.qualify import __main__ as qualify
+from lora_kernels.testing import bf16, fp32
 
 CPU = torch.device("cpu")
 
@@ -260,23 +263,68 @@ def test_the_small_set_has_big_tiles_and_more_items_than_ctas(
     seen = []
 
     def run_backend(backend, case, inputs):  # type: ignore[no-untyped-def]
-        config = triton.pick(case.problem("cuda", 90))
-        seen.append((case, config, triton._ctas(10**6, config, CPU)))
+        facts, tf32 = case.problem("cuda", 90), triton._precision(case.dtype) == "tf32"
+        backward = any(case.needs)
+        config = triton.pick(facts, backward=backward, tf32=tf32)
+        seen.append((case[:-3], forced.Tile(config, backward, tf32)))
+        assert triton._ctas(10**6, config, CPU) == forced.FEW_CTAS
         raise AssertionError("noted")
 
     played = reference.BACKEND._replace(name="triton")
     monkeypatch.setattr(gpu, "BACKENDS", (played,))
     monkeypatch.setattr(gpu, "run_backend", run_backend)
+    monkeypatch.setattr(gpu, "make_inputs", lambda case, device: None)
     monkeypatch.setattr(gpu, "problem", lambda case, device: case.problem("cuda", 90))
     assert not any(gpu.check_small_set(CPU))
-    sixteen = forced.tiles(Problem(300, 512, 512, 16))
-    for case in forced.CASES:
-        tiles = {(c.bm, c.bn) for done, c, ctas in seen if done == case}
-        assert tiles == {(c.bm, c.bn) for c in sixteen}
-    assert {ctas for _, _, ctas in seen} == {forced.FEW_CTAS}
+    assert seen == [
+        (case[:-3], tile)
+        for case in forced.CASES
+        for tile in forced.every_tile(case.problem("cuda", 90))
+    ]
     # Two CTAs of every cluster, 66 clusters on an H100, tiles of 256 x 256 for a cluster.
     m, n, k = gpu.MANY_ITEMS[:3]
     assert min(-(-m // 256) * -(-n // 256), -(-m // 256) * -(-k // 256)) > 66
+
+
+def unforced(arch: int) -> set[object]:
+    """Return the tiles that `pick` may choose on a GPU and the campaign does not force."""
+
+    def found(tile: forced.Tile, problem: Problem) -> tuple[object, ...]:
+        return problem.dtype.itemsize, tile
+
+    tried = {
+        found(tile, problem)
+        for problem in [case.problem("cuda", arch) for case in forced.CASES]
+        for tile in forced.every_tile(problem)
+    }
+    sizes = ((64, 64), (512, 512), (4096, 4096), (14336, 4096))
+    dtypes = ((bf16, bf16), (bf16, fp32), (fp32, fp32))
+    chosen = set()
+    for m, (n, k), r in product((1, 17, 300, 8192), sizes, (4, 8, 16, 24, 64, 200)):
+        for (dtype, adapters), dropout in product(dtypes, (False, True)):
+            problem = Problem(m, n, k, r, dtype, adapters, arch=arch, dropout=dropout)
+            for backward, tf32 in product((False, True), {False, dtype == fp32}):
+                config = triton.pick(problem, backward=backward, tf32=tf32)
+                chosen.add(found(forced.Tile(config, backward, tf32), problem))
+    return chosen - tried
+
+
+def test_every_tile_that_may_be_chosen_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arch in (80, 86, 89, 90, 100, 120):
+        assert not unforced(arch)
+    # Planted: a tile, a direction, a precision or a class of ranks that nobody forces.
+    for left_out in (
+        lambda c, how: (c.bm, c.bn) == (128, 128),
+        lambda c, how: c.bm == 16 and how["backward"],
+        lambda c, how: how["tf32"],
+        lambda c, how: c.br == 128,
+    ):
+
+        def some(problem, left_out=left_out, **how):  # type: ignore[no-untyped-def]
+            return [c for c in candidates(problem, **how) if not left_out(c, how)]
+
+        monkeypatch.setattr(forced, "candidates", some)
+        assert unforced(90)
 
 
 def test_the_small_set_passes_on_what_is_right_and_not_on_what_is_wrong(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bench import forced, ladder, process
 from lora_kernels.ops.lora_linear import reference, triton, workspace
+from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.testing import Case, bf16, fp32
 
@@ -157,19 +159,31 @@ def test_the_command_runs_rungs_in_processes_and_fails_for_a_wrong_one() -> None
 def test_every_rung_of_triton_has_its_tile_on_every_gpu() -> None:
     for arch in (80, 86, 89, 90, 100, 120):
         for rung in ladder.TRITON:
-            if rung.tile is not None:
-                assert forced.tiles(rung.case.problem("cuda", arch))[rung.tile]
+            tile = rung.forced(rung.case.problem("cuda", arch))
+            assert tile is None or tile.backward == any(rung.case.needs)
 
 
 def test_a_forced_tile_holds_for_as_long_as_it_should() -> None:
-    facts = Problem(300, 512, 512, 16)
-    free = triton.pick(facts), triton._ctas(7, triton.pick(facts), CPU)
-    for config in forced.tiles(facts):
-        with forced.forced(config, 2):
-            assert triton.pick(facts, backward=True) == config
-            chosen = triton.pick, triton._ctas
-        with forced.forced(config, 2):
-            assert (triton.pick, triton._ctas) == chosen, "a launch plan would be made anew"
-            assert triton._ctas(7, config, CPU) == 2
-            assert triton._ctas(1, config, CPU) == 1
-    assert (triton.pick(facts), triton._ctas(7, triton.pick(facts), CPU)) == free
+    facts = Problem(300, 512, 512, 16, fp32, fp32)
+
+    def choice(backward: bool, tf32: bool) -> TileConfig:
+        return triton.pick(facts, backward=backward, tf32=tf32)
+
+    def everything() -> object:
+        return triton.pick, triton._ctas, triton._precision(fp32)
+
+    free = everything()
+    every = forced.every_tile(facts)
+    assert {(tile.backward, tile.tf32) for tile in every} == set(product((False, True), repeat=2))
+    for tile in every:
+        other = choice(not tile.backward, tile.tf32)
+        with forced.forced(tile, 2):
+            assert choice(tile.backward, tile.tf32) == tile.config
+            assert choice(not tile.backward, tile.tf32) == other
+            assert triton._precision(fp32) == ("tf32" if tile.tf32 else "ieee")
+            chosen = everything()
+        with forced.forced(tile, 2):
+            assert everything() == chosen, "a launch plan would be made anew"
+            assert triton._ctas(7, tile.config, CPU) == 2
+            assert triton._ctas(1, tile.config, CPU) == 1
+    assert everything() == free

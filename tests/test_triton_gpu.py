@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from bench.forced import CASES as FORCED
-from bench.forced import FEW_CTAS, forced, tiles
+from bench.forced import FEW_CTAS, every_tile, forced
 from bench.providers import problem
 from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.testing import CASES, Case, bf16, check_backend, make_inputs, run_backend
 
 pytestmark = pytest.mark.gpu
-MOST_TILES = 12  # that a problem has on any GPU
+MOST_TILES = 16  # that a problem has on any GPU, both directions and precisions together
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -25,12 +25,13 @@ def test_every_case_on_the_gpu(case: Case) -> None:
 @pytest.mark.parametrize("index", range(MOST_TILES))
 def test_every_tile_is_right_with_several_items_for_each_cta(index: int, case: Case) -> None:
     _skip_what_it_refuses(case)
-    several = tiles(problem(case, torch.device("cuda")))
+    several = every_tile(problem(case, torch.device("cuda")))
     assert len(several) <= MOST_TILES
     if index >= len(several):
         pytest.skip("this GPU has fewer tiles")
-    with forced(several[index], FEW_CTAS):
-        check_backend(backend.BACKEND, case, "cuda")
+    tile = several[index]
+    with forced(tile, FEW_CTAS):
+        check_backend(backend.BACKEND, tile.judge(case), "cuda")
 
 
 def _skip_what_it_refuses(case: Case) -> None:

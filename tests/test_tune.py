@@ -17,24 +17,25 @@ SMOKE = TABLES["smoke"][0]
 
 
 def test_tuning_prints_a_table_and_leaves_out_what_is_wrong(monkeypatch: Any, capsys: Any) -> None:
-    first, *_ = candidates(SMOKE.case.problem())
+    facts = SMOKE.case.problem()
+    first, *_ = candidates(facts)
 
     def forward(call: Any) -> tuple[Tensor, Tensor]:
         y, p = reference.BACKEND.forward(call)
-        return (y * 2 if tune.triton.pick() == first else y), p
+        return (y * 2 if tune.triton.pick(facts) == first else y), p
 
     monkeypatch.setattr(tune.triton, "BACKEND", reference.BACKEND._replace(forward=forward))
     monkeypatch.setattr(tune.triton, "pick", tune.pick)
     assert tune.main(["--table", "smoke", "--seconds", "0.01"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"    # {first} wrong: y of" in "\n".join(lines)
+    assert f"    # forward {first} wrong: y of" in "\n".join(lines)
     table = eval("\n".join(lines).partition("= ")[2], {"TileConfig": TileConfig})
     assert set(table) == {
-        (None, 24, 48, 32, 4, itemsize, backward)
-        for itemsize in (2, 4)
+        (None, 24, 48, 32, 4, itemsize, backward, tf32)
+        for itemsize, tf32 in ((2, False), (4, False), (4, True))
         for backward in (False, True)
     }
-    assert first not in table.values()
+    assert first not in [tile for key, tile in table.items() if not key[-2]]
     monkeypatch.setattr(tune.triton, "pick", tune.pick)
     tune.main(["--table", "smoke", "--budget", "-1"])
     assert "# no time left from smoke" in capsys.readouterr().out
@@ -44,19 +45,26 @@ def test_tuning_prints_a_table_and_leaves_out_what_is_wrong(monkeypatch: Any, ca
 def test_the_gate_has_more_items_than_ctas_and_judges_every_tile(
     bench_case: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    facts = bench_case.case.problem()
     judged = []
 
     def check(backend: Backend, case: Case, device: torch.device) -> None:
-        c = tune.triton.pick()
+        tile = remaining.pop(0)
+        c = tune.triton.pick(facts, backward=tile.backward, tf32=tile.tf32)
+        assert c == tile.config
+        assert all(case.needs) == tile.backward
         sizes = case.m, case.n, case.r, c.bm, c.bn, c.br
         backward = case.m, case.n, case.k, case.r, c.bm, c.bn, c.bk, c.br, True, True, True
         for ends in (schedule.forward_ends(*sizes), schedule.backward_ends(*backward)):
             ctas = tune.triton._ctas(ends[-1], c, device)
             assert case.m < 64 or ends[-1] >= 2 * ctas > 2
-        judged.append(c)
+        judged.append(tile)
         raise AssertionError("noted")
+
+    everything = tune.every_tile(facts)
+    remaining = list(everything)
 
     monkeypatch.setattr(tune.triton, "BACKEND", reference.BACKEND)
     monkeypatch.setattr(tune, "check_backend", check)
     assert len(list(tune.tune(bench_case, torch.device("cpu"), 0.01))) == len(judged)
-    assert judged == tune.tiles(bench_case.case.problem())
+    assert judged == everything

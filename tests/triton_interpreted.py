@@ -3,7 +3,8 @@
 It needs a process of its own: TRITON_INTERPRET=1 must be set before Triton is imported.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -13,10 +14,11 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import forced
 from lora_kernels import lora_linear
 from lora_kernels.ops.lora_linear import triton as backend
 from lora_kernels.ops.lora_linear import workspace
-from lora_kernels.ops.lora_linear.config import TileConfig
+from lora_kernels.ops.lora_linear.config import SHARED_KIB, TileConfig
 from lora_kernels.ops.lora_linear.philox import LOW, keep_mask
 from lora_kernels.ops.lora_linear.triton import (
     backward_kernel,
@@ -79,6 +81,41 @@ def test_the_blocks_that_pick_chooses(case: Case) -> None:
 @pytest.mark.parametrize("case", [*CASES, *RANKS], ids=case_id)
 def test_every_case_with_small_blocks(case: Case, described: None) -> None:
     check_backend(backend.BACKEND, case)
+
+
+def every_tile() -> Iterator[tuple[forced.Tile, Case]]:
+    """Every line of the tables of tiles, in each direction, with a forced case that may get it.
+
+    The case gets two blocks of rows, of columns and of the contraction, all ragged.
+    """
+    seen = set()
+    for case in forced.CASES:
+        for arch in SHARED_KIB:
+            for tile in forced.every_tile(case.problem("cuda", arch)):
+                c = tile.config
+                line = c.bm, c.bn, c.bk, c.group, tile.backward, case.dtype.itemsize
+                if line not in seen:
+                    seen.add(line)
+                    columns, depth = c.bn + 24, c.bk + 8
+                    n, k = (depth, columns) if tile.backward else (columns, depth)
+                    yield tile, tile.judge(case._replace(m=c.bm + 8, n=n, k=k))
+
+
+@pytest.mark.parametrize(("tile", "case"), every_tile(), ids=str)
+def test_every_tile_of_every_gpu(tile: forced.Tile, case: Case) -> None:
+    with forced.forced(tile, forced.FEW_CTAS):
+        check_backend(backend.BACKEND, case)
+
+
+@pytest.mark.parametrize("wrong", [{"bn": 48}, {"bk": 192}, {"bm": 20}, {"br": 24}, {"group": 0}])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_line_of_the_tables_is_noticed(wrong: dict[str, int], backward: bool) -> None:
+    tile, case = next(
+        (t, c) for t, c in every_tile() if (t.config.bm, t.backward) == (16, backward)
+    )
+    config = dataclasses.replace(tile.config, **wrong)
+    with forced.forced(tile._replace(config=config)), pytest.raises(Exception):  # noqa: B017, PT011
+        check_backend(backend.BACKEND, case)
 
 
 def test_the_workspace_is_left_zeroed(small: None) -> None:

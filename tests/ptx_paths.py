@@ -13,7 +13,7 @@ Step = Callable[[str, State], State]
 def successors(lines: list[str]) -> list[list[int]]:
     """Return for each line the lines that may come next.
 
-    A label stands for its nearest line: those of inline assembly are repeated in braces of their own.
+    A label stands for its nearest line: inline assembly repeats its own, each in braces.
     """
     labels: dict[str, list[int]] = {}
     for i, line in enumerate(lines):

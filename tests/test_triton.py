@@ -40,7 +40,9 @@ def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]
 # --- Numbers: the kernels in the interpreter ------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["small_blocks", "not small_blocks"])
+@pytest.mark.parametrize(
+    "part", ["small_blocks", "of_the_tables", "not small_blocks and not of_the_tables"]
+)
 def test_the_kernels_are_right_in_the_interpreter(part: str) -> None:
     done = python(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
@@ -106,6 +108,9 @@ def jobs_for(arch: int) -> Iterator[dict[str, Any]]:
         if arch == 80:
             for config in candidates(precise, backward=backward):
                 yield job(direction, precise, config)
+        if arch == 90:
+            for config in list(candidates(precise, backward=backward, tf32=True))[1:]:
+                yield job(direction, precise, config, tf32=True)
 
 
 def mma_kind(arch: int, bm: int) -> str:
@@ -223,7 +228,8 @@ def test_large_problems_get_the_largest_tiles_that_do_not_spill() -> None:
         assert size(arch=arch, m=16) == (16, 32, 256, 4)
     assert size(arch=90, backward=True, dropout=True)[:2] == (128, 256)
     assert size(arch=100, dropout=True)[:2] == (128, 256)
-    assert size(arch=100, backward=True)[:2] == (128, 128)
+    assert size(arch=100, backward=True) == (128, 128, 64, 8)
+    assert size(arch=100, backward=True, dropout=True, adapter_dtype=fp32) == (128, 128, 32, 8)
     for arch in (80, 86, 89, 120):
         assert size(arch=arch, dropout=True) == (128, 128, 32, 4)
         assert size(arch=arch, backward=True) == (128, 128, 32, 4)

@@ -102,7 +102,7 @@ def every_tile() -> Iterator[tuple[forced.Tile, Case]]:
 
 
 @pytest.mark.parametrize(("tile", "case"), every_tile(), ids=str)
-def test_every_tile_of_every_gpu(tile: forced.Tile, case: Case) -> None:
+def test_a_line_of_the_tables_is_right(tile: forced.Tile, case: Case) -> None:
     with forced.forced(tile, forced.FEW_CTAS):
         check_backend(backend.BACKEND, case)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from ptx_paths import published, unfenced
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -157,41 +158,6 @@ def from_registers(ptx: str) -> dict[str, int]:
         elif re.search(r"^\$L__BB|\bbra\b|\bret;", line):
             found["in flight"] += pending
             pending = 0
-    return found
-
-
-def unfenced(ptx: str) -> int:
-    """Count the asynchronous products that may miss what ordinary instructions wrote for them.
-
-    Between the arrival of cp.async, or a store to shared memory in the same block, and wgmma or
-    tcgen05 there must be a fence of the asynchronous proxy.
-    """
-    found, copied, stored = 0, False, False
-    for line in ptx.splitlines():
-        if "cp.async.wait_group" in line:
-            copied = True
-        elif re.search(r"\b(?:st\.shared|stmatrix)\b", line):
-            stored = True
-        elif "fence.proxy.async" in line:
-            copied = stored = False
-        elif line.startswith("$L__BB"):
-            stored = False
-        elif re.search(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\b", line):
-            found += copied or stored
-    return found
-
-
-def published(ptx: str) -> list[bool]:
-    """For each run of releases: is there a CTA barrier between it and the store before it?"""
-    found = []
-    barrier = False
-    for line in ptx.splitlines():
-        if re.search(r"\bst\.global", line):
-            barrier = False
-        elif re.search(r"\bbar(?:rier)?\.sync", line):
-            barrier = True
-        elif re.search(r"\b(?:atom|red)\.global\S*\.release\b", line):
-            found.append(barrier)
     return found
 
 

@@ -81,6 +81,7 @@ _WGMMA = (
 _TCGEN05 = (
     TileConfig(128, 256, 64, warps=8, stages=4, group=16),
     TileConfig(128, 128, 64, warps=8, stages=3),
+    TileConfig(128, 128, 32, warps=8, stages=4),
     *_SMALL,
 )
 _MMA = (

@@ -71,16 +71,20 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 
+// A stream may always be capturing here: kernels load in the relaxed mode alone, and launches come
+// after it has ended.
+static _Thread_local enum cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* mode) {
-  static _Thread_local enum cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
-  const enum cudaStreamCaptureMode previous = current;
-  current = *mode;
+  const enum cudaStreamCaptureMode previous = capture_mode;
+  capture_mode = *mode;
   *mode = previous;
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, enum cudaFuncAttribute attribute,
                                  int value) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorStreamCaptureUnsupported;
   for (int i = 0; i < kernel_count; ++i) kernels[i].loaded |= kernels[i].host == function;
   return cudaSuccess;
 }
@@ -114,6 +118,7 @@ const char* cudaGetErrorString(cudaError_t error) { return "refused by the stub 
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** parameters) {
+  if (capture_mode != cudaStreamCaptureModeGlobal) return cudaErrorStreamCaptureWrongThread;
   // All kernels load at the first launch, lest one should do so inside a capture.
   for (int i = 0; i < kernel_count; ++i) {
     if (!kernels[i].loaded) return cudaErrorNotReady;

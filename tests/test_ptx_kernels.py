@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from ptx_machine import build, cuda_backend, profile
-from ptx_machine.faults import study
+from ptx_machine.faults import FAULTS, study
 from ptx_machine.machine import Machine, dirty_words
 from ptx_machine.parse import Kernel
 
@@ -153,6 +153,19 @@ FAULTY = {
 def test_faults_planted_in_the_cuda_kernels_are_noticed(direction: str) -> None:
     noticed = study_faults(cuda_backend.on, direction, *FAULTY[direction])
     assert sum(map(any, noticed.values())) >= 12, noticed
+
+
+def test_a_rank_in_a_descriptors_address_is_noticed() -> None:
+    """It once made dx wrong in every odd block of 128 rows: bit 20 of W's leading offset."""
+    case = Case(256, 128, 256, 64, bf16, needs=(True, False, False))
+    machine = Machine()
+    check_backend(cuda_backend.on(machine), case)
+    run = machine.runs[-1]
+    (fault,) = (fault for fault in FAULTS if "rank" in fault.name)
+    faulty = fault.plant(run.kernel, fault.sites(run.kernel, run.executed()))
+    machine = Machine(edit=lambda kernel: faulty if kernel is run.kernel else kernel)
+    with pytest.raises(AssertionError, match=r"dx of .* exceeds the tolerance"):
+        check_backend(cuda_backend.on(machine), case)
 
 
 # --- Triton ---------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ from ptx_machine import triton_backend  # noqa: E402
 SMALL = TileConfig(64, 64, 64, warps=4, stages=3, br=32)
 NARROW = TileConfig(16, 64, 64, warps=4, stages=4, br=32)
 WIDE = TileConfig(128, 256, 64, warps=8, stages=4)
+# Each warpgroup multiplies by 8 columns, the second one's begin within a row of the swizzle.
+PAIRED = TileConfig(64, 64, 64, warps=8, stages=3, br=16)
 FP32 = TileConfig(64, 64, 16, warps=4, stages=3, br=32)
 
 # Sizes that TMA can address and others, R below 16 and above the rank tile, ragged everywhere.
@@ -191,6 +193,7 @@ TRITON_CASES: tuple[tuple[int, TileConfig | None, Case], ...] = (
     (90, SMALL, Case(130, 90, 71, 20, fp16, bias=True)),
     (90, NARROW, Case(130, 96, 72, 24, fp16, fp32, dropout_p=0.2)),
     (90, WIDE, Case(264, 264, 328, 40, bf16, bias=True)),
+    (90, PAIRED, Case(72, 72, 136, 16, bf16)),
     *(
         (arch, SMALL, Case(136, 72, 264, 24, bf16, dropout_p=0.5, needs=needs))
         for arch, needs in zip((80, 90, 90, 90), SUBSETS, strict=True)

@@ -15,16 +15,16 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     READY,
     contract,
     finish,
-    here,
     keep_tile,
+    not_hoisted,
     philox_key,
     publish,
+    scale_by,
     skinny,
     skinny_item,
     store,
     take_ticket,
     tile,
-    times,
     wait,
 )  # fmt: skip
 
@@ -53,10 +53,10 @@ def _low_rank(
     """Return `acc[BM, BN] + upper·Q·A` once the Q of these rows is there; `lower` is 1/upper."""
     wait(workspace_ptr + READY + row // BM, tl.cdiv(r, BR), ticket, DEBUG)
     acc = contract(
-        times(acc, lower), q_ptr, a_ptr, None, None, row, col, m, k, r,
+        scale_by(acc, lower), q_ptr, a_ptr, None, None, row, col, m, k, r,
         r, 1, a_r, a_k, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BS,
     )  # fmt: skip
-    return times(acc, upper)
+    return scale_by(acc, upper)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _dx_tile(
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
         keep = keep_tile(
-            row + tl.arange(0, BM), col, threshold, here(key_low), here(key_high), BN
+            row + tl.arange(0, BM), col, threshold, not_hoisted(key_low), not_hoisted(key_high), BN
         )  # fmt: skip
         acc = tl.where(keep, acc, 0.0)
     acc = contract(

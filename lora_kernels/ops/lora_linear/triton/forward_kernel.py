@@ -13,12 +13,12 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
     finish,
     philox_key,
     publish,
+    scale_by,
     skinny,
     skinny_item,
     store,
     take_ticket,
     tile,
-    times,
     wait,
 )  # fmt: skip
 
@@ -60,10 +60,10 @@ def _main_tile(
     )  # fmt: skip
     wait(workspace_ptr + READY + row_block, tl.cdiv(r, BR), ticket, DEBUG)
     acc = contract(
-        times(acc, lower), p_ptr, b_ptr, None, None, row, col, m, n, r,
+        scale_by(acc, lower), p_ptr, b_ptr, None, None, row, col, m, n, r,
         r, 1, b_r, b_n, 0, 0, 0, OPERAND, PRECISION, False, KEEP_ALL, BS,
     )  # fmt: skip
-    acc = times(acc, upper)
+    acc = scale_by(acc, upper)
     if bias_ptr is not None:
         i = col + tl.arange(0, BN)
         bias = tl.load(bias_ptr + i.to(tl.int64) * bias_n, mask=i < n, other=0.0)  # [BN]

@@ -43,15 +43,15 @@ def contract(
     threshold, key_low, key_high,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DROP: tl.constexpr,
     BD: tl.constexpr, L_FLIP: tl.constexpr = False, R_FLIP: tl.constexpr = False,
-    TURN: tl.constexpr = False,
+    TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
     """Return `acc + L·Rt` for the tile at (row_start, col_start) of L[rows, depth]·Rt[depth, cols].
 
-    Both operands are converted to OPERAND, unless EXACT asks to keep a wider Rt (`dot`). TURN asks
-    for the transposed tile, `acc + Rtᵀ·Lᵀ`.
+    Both operands are converted to OPERAND, unless EXACT asks to keep a wider Rt (`dot`). TRANSPOSED
+    asks for the tile `acc + Rtᵀ·Lᵀ`.
     """
-    BL: tl.constexpr = acc.shape[1] if TURN else acc.shape[0]
-    BC: tl.constexpr = acc.shape[0] if TURN else acc.shape[1]
+    BL: tl.constexpr = acc.shape[1] if TRANSPOSED else acc.shape[0]
+    BC: tl.constexpr = acc.shape[0] if TRANSPOSED else acc.shape[1]
     row = row_start + tl.arange(0, BL)
     col = col_start + tl.arange(0, BC)
     d = tl.arange(0, BD)
@@ -82,7 +82,7 @@ def contract(
             lhs = tl.where(tl.trans(keep), lhs, 0.0)
         if FENCE and (l_desc is None or r_desc is None):
             proxy_fence()
-        acc = dot(lhs, rhs, acc, OPERAND, PRECISION, EXACT, TURN)
+        acc = dot(lhs, rhs, acc, OPERAND, PRECISION, EXACT, TRANSPOSED)
         l_ptrs += l_step
         r_ptrs += r_step
     return acc
@@ -91,9 +91,9 @@ def contract(
 @triton.jit
 def dot(
     lhs, rhs, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    TURN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Return `acc + lhs·rhs`, or `acc + rhsᵀ·lhsᵀ` (TURN), on operands of type OPERAND.
+    """Return `acc + lhs·rhs`, or `acc + rhsᵀ·lhsᵀ` (TRANSPOSED), on operands of type OPERAND.
 
     EXACT keeps the bits of an fp32 `rhs` beside a 16-bit OPERAND, as the sum of two operands: the
     adapters' gradients then err like fp32, at no cost where reading `lhs` is the bottleneck.
@@ -102,18 +102,18 @@ def dot(
         high = rhs.to(OPERAND)
         wide = high.to(rhs.dtype)
         low = tl.where(tl.abs(wide) == float("inf"), 0.0, rhs - wide)
-        acc = dot(lhs, low.to(OPERAND), acc, OPERAND, PRECISION, False, TURN)
+        acc = dot(lhs, low.to(OPERAND), acc, OPERAND, PRECISION, False, TRANSPOSED)
         rhs = high
     lhs, rhs = lhs.to(OPERAND), rhs.to(OPERAND)
     if INTERPRET:
         lhs, rhs = lhs.to(tl.float32), rhs.to(tl.float32)
-    if TURN:
+    if TRANSPOSED:
         lhs, rhs = tl.trans(rhs), tl.trans(lhs)
     return tl.dot(lhs, rhs, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def times(acc, power):
+def scale_by(acc, power):
     """Return `acc·power` for a power of two, mostly 1: then it costs a branch."""
     if power != 1.0:
         acc *= power
@@ -154,17 +154,17 @@ def skinny_item(
     """
     OPERAND: tl.constexpr = l_ptr.dtype.element_ty
     MASKED: tl.constexpr = DROP != KEEP_ALL and r_ptr.dtype.element_ty == OPERAND
-    TURN: tl.constexpr = MASKED and (INTERPRET or asynchronous())
+    TRANSPOSED: tl.constexpr = MASKED and (INTERPRET or asynchronous())
     if DROP != KEEP_ALL:
-        key_low, key_high = here(key_low), here(key_high)
+        key_low, key_high = not_hoisted(key_low), not_hoisted(key_high)
     acc = contract(
-        tl.zeros((BC, BL) if TURN else (BL, BC), tl.float32), l_ptr, r_ptr, l_desc, None,
+        tl.zeros((BC, BL) if TRANSPOSED else (BL, BC), tl.float32), l_ptr, r_ptr, l_desc, None,
         row_start, col_start, rows, cols, depth,
         l_row, l_depth, r_depth, r_col, threshold, key_low, key_high,
-        OPERAND, PRECISION, True, DROP, BD, L_FLIP=L_FLIP, TURN=TURN,
+        OPERAND, PRECISION, True, DROP, BD, L_FLIP=L_FLIP, TRANSPOSED=TRANSPOSED,
     )  # fmt: skip
     acc *= factor
-    if TURN:
+    if TRANSPOSED:
         store(out_ptr, acc, col_start, row_start, cols, rows, out_col, out_row)
     else:
         store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col)
@@ -206,7 +206,7 @@ def philox_key(seed_ptr, key_low, key_high):
 
 
 @triton.jit
-def here(word):
+def not_hoisted(word):
     """Return `word`, but let nothing derived from it be computed before this point.
 
     The round keys of the dropout mask are the same for all items: hoisted out of the loop over

@@ -37,6 +37,7 @@ LAYERS = (
         f"{OP}.device",
     },
     {f"{QUALIFY}.choose"},
+    {f"{QUALIFY}.ranks"},
     {f"{QUALIFY}.record"},
     {"lora_kernels.dispatch", "lora_kernels.extension", QUALIFY},
 )

@@ -6,54 +6,53 @@ not slower than the composition where the nearest sizes were measured (`nearest`
 
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from lora_kernels import dispatch
-from lora_kernels.qualify import record
+from lora_kernels.qualify import ranks, record
 from lora_kernels.qualify.record import Measured, Record
 
 COMMAND = "python -m lora_kernels.qualify"
 KEPT_FOR = ("cuda",)  # types of device that have a record
 _NEAR = 1.0  # in octaves: N, K and R at most a factor of two away
 
-_NONE = "none"  # what a rank without a record says
-
 _lock = threading.Lock()
 _records: dict[str, Record | str] = {}  # by type of device
-_agreed = False
+_asked_in: dict[str, Any] = {}  # a weak reference to the process group it was read in, or None
 
 
 def why_not_auto(backend: str, problem: Any, backward: bool) -> str | None:
     """Return why "auto" passes over `backend` for a direction of `problem`, or None.
 
     Raises:
-        RuntimeError: the ranks of a process group have different records, or a pinned record
-            cannot serve here; the message says what to do.
+        RuntimeError: a pinned record, or that of all ranks, cannot serve here; the message says
+            what to do.
     """
     found = known(problem.device)
     return found if isinstance(found, str) else judge(found, backend, problem, backward)
 
 
 def known(device_type: str) -> Record | str:
-    """Return this machine's record, read once per process, or why there is none."""
+    """Return the record to obey, read once per process and process group, or why there is none.
+
+    In a process group it is the one that all ranks use (`ranks.agreed`). A group is noticed at the
+    first question after it was made: until a problem comes up that was not seen before, choices
+    from before it stand.
+    """
     if device_type not in KEPT_FOR:
         return f"no record is kept for {device_type}"
     with _lock:
-        if device_type not in _records:
-            _records[device_type] = _read(device_type)
-        if not _agreed and torch.distributed.is_available() and torch.distributed.is_initialized():
-            _agree(device_type)
+        group = ranks.group()
+        if device_type not in _records or group not in (None, _asked_in[device_type]()):
+            _read(device_type, group)
         return _records[device_type]
 
 
 def forget() -> None:
     """Read the record again at the next question, after a qualification say."""
-    global _agreed
     _records.clear()
-    _agreed = False
     dispatch.forget()
 
 
@@ -131,40 +130,19 @@ def size(measured: Measured) -> str:
     return f"M={measured.m} N={measured.n} K={measured.k} R={measured.r}"
 
 
-def _read(device_type: str) -> Record | str:
+def _read(device_type: str, group: Any) -> None:
     here = record.environment(device_type)
+    found = _own(here)
+    if group is not None:
+        found = ranks.agreed(found, here)
+    if _records.get(device_type, found) != found:
+        dispatch.forget()  # what was chosen before there was this group
+    _records[device_type] = found
+    _asked_in[device_type] = (lambda: None) if group is None else weakref.ref(group)
+
+
+def _own(here: Mapping[str, Any]) -> Record | str:
     if here.get("mixed"):
         return "the visible GPUs differ: let CUDA_VISIBLE_DEVICES name GPUs of one kind"
     found = record.find(here)
     return found if isinstance(found, Record) else f"{found}: {COMMAND}"
-
-
-def _agree(device_type: str) -> None:
-    """Let every rank of a process group use one record: that of the rank that asked first.
-
-    A store's compare-and-set, not a collective: a rank without LoRA layers never gets here.
-    """
-    global _agreed
-    mine = _records[device_type]
-    text = mine.to_json() if isinstance(mine, Record) else _NONE
-    store = torch.distributed.distributed_c10d._get_default_store()
-    said = store.compare_set("lora_kernels/record", "", text).decode()
-    if said != text:
-        _records[device_type] = _adopt(said, record.environment(device_type))
-        dispatch.forget()  # what was chosen before there was a group
-    _agreed = True
-
-
-def _adopt(text: str, here: Mapping[str, Any]) -> Record | str:
-    """Return another rank's record if it speaks for this rank's GPU."""
-    if text == _NONE:
-        return f"another rank has no record for its GPU: {COMMAND}"
-    theirs = record.from_json(text)
-    for key in ("kernels", "name", "arch"):  # as of a pinned record
-        if theirs.environment.get(key) != here.get(key):
-            raise RuntimeError(
-                f"lora_kernels: the ranks must choose alike, but {key} is {here.get(key)!r} here "
-                f"and {theirs.environment.get(key)!r} on another rank; make them equal, or pin one "
-                "record on all with LORA_KERNELS_RECORD"
-            )
-    return theirs

@@ -5,6 +5,7 @@ that is torn, foreign or of another schema is a miss with a reason, never an exc
 `LORA_KERNELS_CACHE`, else in the user's cache folder; `LORA_KERNELS_RECORD` pins one file instead.
 """
 
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -194,9 +195,19 @@ def environment(device_type: str) -> dict[str, Any]:
         }
         for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
-    versions = {"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()}  # type: ignore[attr-defined]
+    versions = {"cuda": torch.version.cuda, "driver": _driver_version()}
     mixed = any(kind != kinds[0] for kind in kinds)
     return facts | versions | kinds[0] | {"mixed": mixed}
+
+
+def _driver_version() -> int | None:
+    """Return the version of CUDA that the driver speaks, 13000 say; torch has no public name."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -88,12 +88,12 @@ def describe(
 
 
 def qualify(model: nn.Module, batches: Tensor, args: argparse.Namespace) -> None:
-    """On a GPU, let it vouch for the kernels first, on this model's sizes: a minute, once."""
+    """On a GPU, let it vouch for the kernels first, on this model's sizes: minutes, once."""
     if args.device.type != "cuda":
         return
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "lora_A")]
     shapes = {f"{layer.out_features},{layer.in_features}" for layer in layers}
-    command = [sys.executable, "-m", "lora_kernels.qualify", "--budget", "60"]
+    command = [sys.executable, "-m", "lora_kernels.qualify"]
     command += ["--shapes", *sorted(shapes), "--rank", str(args.rank)]
     command += ["--tokens", str(batches[0].numel())]
     command += ["--dropout", *map(str, sorted({0.0, args.dropout}))]

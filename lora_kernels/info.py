@@ -1,6 +1,7 @@
 """`python -m lora_kernels.info`: versions, GPUs, and which backend runs what here, or why not."""
 
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -11,14 +12,20 @@ from lora_kernels import extension
 from lora_kernels.ops.lora_linear import BACKENDS, Problem
 from lora_kernels.ops.lora_linear.problem import arch
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
+from lora_kernels.output import show
 from lora_kernels.qualify import choose
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
-def main() -> None:
-    """Print the report."""
-    print("\n".join(_report()))
+def main() -> int:
+    """Print the report; return 0, or 2 if a pinned record cannot serve here."""
+    try:
+        show(_report())
+    except RuntimeError as error:
+        print(f"lora_kernels.info: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _report() -> Iterator[str]:
@@ -85,4 +92,4 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

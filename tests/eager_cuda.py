@@ -8,8 +8,10 @@ is a mistake in `Gpu.mistakes`. It says nothing about what a GPU computes.
 """
 
 import contextlib
+import gc
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +125,14 @@ class Gpu:
         self.capturing = False
         cuda_graph.recorded.poison()
 
+    def memory_allocated(self, device: Any = None) -> int:
+        """Return the bytes of all tensors that Python can still reach."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what else is asked whether it is a tensor
+            found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        return sum(storages.values())
+
 
 class Graph:
     def __init__(self, gpu: Gpu) -> None:
@@ -144,6 +154,7 @@ def installed() -> Iterator[Gpu]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
         "synchronize": gpu.synchronize,
+        "memory_allocated": gpu.memory_allocated,
         "current_stream": gpu.current_stream,
         "stream": gpu.stream,
         "Stream": gpu.make_stream,

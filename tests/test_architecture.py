@@ -23,7 +23,7 @@ LAYERS = (
     {f"{QUALIFY}.parent"},
     {f"{QUALIFY}.child"},
     {f"{QUALIFY}.checks"},
-    {f"{QUALIFY}.timing"},
+    {f"{QUALIFY}.timing", f"{QUALIFY}.guard"},
     {"lora_kernels"},
     {"lora_kernels.audit"},
     {"lora_kernels.layers", "lora_kernels.peft", "lora_kernels.testing"},
@@ -39,7 +39,7 @@ LAYERS = (
     {f"{QUALIFY}.choose"},
     {f"{QUALIFY}.ranks"},
     {f"{QUALIFY}.record"},
-    {"lora_kernels.dispatch", "lora_kernels.extension", QUALIFY},
+    {"lora_kernels.dispatch", "lora_kernels.extension", "lora_kernels.output", QUALIFY},
 )
 # Names of one layer that may know one another, the reader first.
 BESIDE = {

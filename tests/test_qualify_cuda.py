@@ -120,7 +120,7 @@ def beside_other_threads(gpu: Gpu, y: torch.Tensor, stream: int) -> None:
         (beside_other_threads, {"beside a busy device"}),
         (InOneReplay(1), {"in a graph"}),
         (InOneReplay(2), {"in a graph"}),
-        (InOneReplay(5), {"in a graph"}),
+        (InOneReplay(3), {"in a graph"}),
     ],
 )
 def test_what_is_wrong_only_in_company_is_found_there(
@@ -132,6 +132,20 @@ def test_what_is_wrong_only_in_company_is_found_there(
     assert ways <= {way for way in COMPANY for name in bad if way in name}
     if not isinstance(defect, InTheThirdCall):
         assert {way for way in COMPANY for name in bad if way in name} <= {*ways, "in a graph"}
+
+
+def test_memory_that_stays_behind_is_found(gpu: Gpu) -> None:
+    kept: list[torch.Tensor] = []
+
+    def keeping(gpu: Gpu, y: torch.Tensor, stream: int) -> None:
+        kept.append(torch.zeros(256))
+
+    found = outcomes(gpu, planted(gpu, keeping), "bit for bit repeated")
+    assert len(found) == 2
+    for outcome in found.values():
+        assert (
+            outcome == f"{record.WRONG} {checks.REPEATS * 1024} bytes are still held after 3 calls"
+        )
 
 
 def far(gpu: Gpu, rows_right: int) -> Backend:

@@ -1,16 +1,18 @@
 """The run: planted backends get the verdicts they deserve, from the child to the command."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from qualified import CHILD, OPTIONS, a_record, measured
+from qualified import CHILD, OPTIONS, PROBLEM, a_record, measured
 from qualified import own_cache as own_cache
 
 from lora_kernels.qualify import __main__ as command
-from lora_kernels.qualify import record
+from lora_kernels.qualify import choose, parent, record
+from lora_kernels.qualify.checks import cases
 from lora_kernels.qualify.parent import listed, qualify
 from lora_kernels.qualify.record import Record, Verdict
 
@@ -35,25 +37,62 @@ def test_right_slow_and_out_of_memory_are_told_apart() -> None:
         assert found[name].checks == found["slow"].checks - 1
 
 
-@pytest.mark.parametrize(
-    ("name", "outcome", "detail"),
-    [
-        ("wrong_in_one_element", record.WRONG, "m=130"),
-        ("wrong_for_zero_rows", record.WRONG, "rows of x and dy zero"),
-        ("wrong_in_company", record.WRONG, "bit for bit"),
-        ("raising", record.CRASHED, "RuntimeError: CUDA error: an illegal memory access"),
-        ("aborting", record.CRASHED, "SIGABRT"),
-    ],
-)
-def test_a_defect_gets_its_verdict_and_the_rest_goes_on(
-    name: str, outcome: str, detail: str
+PLANTED = {
+    "wrong_in_one_element": (record.WRONG, "m=130"),
+    "wrong_for_zero_rows": (record.WRONG, "rows of x and dy zero"),
+    "wrong_for_odd_m": (record.WRONG, "y of Case(m=1, "),
+    "nan_in_the_last_block_of_rows": (record.WRONG, "elements are not finite"),
+    "wrong_da_under_dropout": (record.WRONG, "da of Case(m=67, n=131, k=89, r=5, "),
+    "wrong_in_company": (record.WRONG, "bit for bit side by side"),
+    "without_db_in_company": (record.WRONG, "db is missing in one of two calls"),
+    "returning_part_of_a_buffer": (record.WRONG, "a result is not contiguous"),
+    "returning_x": (record.WRONG, "a result shares memory with an operand"),
+    "keeping_one_buffer": (record.WRONG, "y of two calls is in the same memory"),
+    "changing_x": (record.WRONG, "x was written to"),
+    "changing_the_default_dtype": (record.WRONG, "it changes the default dtype"),
+    "seeding": (record.WRONG, "it changes the random state"),
+    "changing_determinism": (record.WRONG, "it changes the deterministic mode"),
+    "raising": (record.CRASHED, "RuntimeError: CUDA error: an illegal memory access"),
+    "failing_import": (record.CRASHED, "ImportError: libsomething.so.4"),
+    "exiting": (record.CRASHED, "exit status 0"),
+    "aborting": (record.CRASHED, "SIGABRT"),
+    "aborting_with_a_survivor": (record.CRASHED, "SIGABRT"),
+    "chatty": (record.RIGHT, ""),
+    "slow_backward": (record.RIGHT, ""),
+    "fast": (record.RIGHT, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def beside_one_another() -> dict[str, Verdict]:
+    """What became of all of them in one qualification."""
+    return verdicts(",".join(PLANTED))
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_gets_the_verdict_it_deserves(
+    name: str, beside_one_another: dict[str, Verdict]
 ) -> None:
-    found = verdicts(f"{name},fast")
-    assert found[name].outcome == outcome
-    assert detail in found[name].detail
-    assert not found[name].measured
-    assert found["fast"].outcome == record.RIGHT
-    assert len(found["fast"].measured) == 2
+    found, (outcome, detail) = beside_one_another[name], PLANTED[name]
+    assert found.outcome == outcome, found
+    assert detail in found.detail
+    assert len(found.measured) == 2 * (outcome == record.RIGHT)
+
+
+def test_slow_in_one_direction_is_slow_in_that_one_alone(
+    beside_one_another: dict[str, Verdict],
+) -> None:
+    measured = {m.backward: m for m in beside_one_another["slow_backward"].measured}
+    assert measured[True].x_composition > 2 * measured[False].x_composition
+    assert measured[True].slower
+
+
+def test_a_survivor_of_the_child_costs_no_time() -> None:
+    """It holds the pipe for 15 seconds; who waited for the pipe's end would not be done by then."""
+    start = time.monotonic()
+    found = verdicts("aborting_with_a_survivor")
+    assert "SIGABRT" in found["aborting_with_a_survivor"].detail
+    assert time.monotonic() - start < 14
 
 
 def test_a_time_without_a_check_proves_nothing() -> None:
@@ -88,11 +127,66 @@ def test_a_child_that_never_leaves_costs_no_verdict() -> None:
     assert len(found.measured) == 2
 
 
-def test_a_budget_cuts_timings_and_never_checks() -> None:
-    found = qualify(OPTIONS, 0.0, child=(*CHILD, "fast")).backends["fast"]
-    assert found.outcome == record.RIGHT
-    assert found.checks > 20
-    assert found.measured == ()
+def test_no_check_begins_beyond_the_budget_and_without_it_there_is_no_verdict() -> None:
+    start = time.monotonic()
+    whole = qualify(OPTIONS, 8.0, child=(*CHILD, "dawdling"))
+    assert time.monotonic() - start < 8 + 15  # a step of twenty calls, and to end the child
+    found = whole.backends["dawdling"]
+    assert found.outcome == record.UNTRIED
+    assert found.detail.endswith("checks too early; --budget sets it")
+    assert record.from_json(whole.to_json()) == whole
+    assert "the budget ended" in (choose.judge(whole, "dawdling", PROBLEM, False) or "")
+
+
+class Clock:
+    """The real one, until someone puts it forward."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_timings_beyond_the_budget_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(parent, "time", clock)
+    timings: list[str] = []
+
+    def progress(done: int, total: int, name: str) -> None:
+        if " speed " in name:
+            timings.append(name)
+            clock.ahead = 1e6 * (len(timings) > 3)
+
+    shapes = ((64, 128), (72, 128))
+    options = OPTIONS._replace(shapes=shapes, tokens=(16, 32), seconds=0.0)
+    whole = qualify(options, 1e5, progress, (*CHILD, "fast,slow"))
+    for name, verdict in whole.backends.items():
+        assert verdict.outcome == record.RIGHT
+        assert verdict.checks > 20
+        expected = {"fast": (2, 6), "slow": (1, 7)}[name]
+        assert (len(verdict.measured), len(verdict.unreached)) == expected
+        assert set(verdict.unreached).isdisjoint(verdict.timed)
+    # In turns, and the most tokens first.
+    assert {m.m for v in whole.backends.values() for m in v.measured} == {32}
+    lines = list(command.table(whole))
+    assert "6 more were not reached in the budget" in lines[0]
+    assert sum("not reached: speed" in line for line in lines) == 13
+    assert record.from_json(whole.to_json()) == whole
+
+
+def test_most_tokens_come_first_and_then_what_was_named_first() -> None:
+    options = command._options(command._parser().parse_args(["--rank", "64", "8"]))
+    listed = list(cases(options))
+    sizes = [(-case.m, case.adapter_dtype is not None, -case.r) for case in listed]
+    assert sizes == sorted(sizes)
+    assert [(case.n, case.k) for case in listed[:4]] == list(command.MODELS["llama-3.1-8b"])
+
+
+def test_a_budget_too_small_for_the_checks_takes_no_proof_away() -> None:
+    proven = a_record(measured())
+    cut = a_record(outcome=record.UNTRIED)
+    assert command.merged(proven, cut).backends == proven.backends
+    assert command.merged(cut, proven).backends == proven.backends
 
 
 def test_a_child_that_cannot_begin_is_an_error_with_its_last_words() -> None:
@@ -140,19 +234,60 @@ def test_the_command_keeps_what_it_found_and_asks_no_second_time(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nothing"], "--model must be a config.json or one of"),
-        (["--model", __file__], "is no decoder's config.json"),
-        (["--backend", "foo"], "--backend must be one of cuda, triton, got 'foo'"),
-        (["--device", "cpu"], "no kernel backend can run here"),
+        ("--model nothing", "--model must be a config.json or one of"),
+        (f"--model {__file__}", "is no decoder's config.json"),
+        ("--backend foo", "--backend must be one of cuda, triton, got 'foo'"),
+        ("--device cpu", "no kernel backend can run here"),
+        ("--device foo", "argument --device: must be cuda, cuda:N or cpu, got 'foo'"),
+        ("--device cuda:x", "must be cuda, cuda:N or cpu"),
+        ("--device meta", "must be cuda, cuda:N or cpu"),
+        ("--shapes 5", "argument --shapes: must be N,K, two positive numbers, got '5'"),
+        ("--shapes 0,5", "argument --shapes: must be a positive whole number, got '0'"),
+        ("--shapes 1,2,3", "must be a positive whole number, got '2,3'"),
+        ("--shapes", "argument --shapes: expected at least one argument"),
+        ("--budget nan", "argument --budget: must be a number of seconds, got 'nan'"),
+        ("--budget -1", "must be a number of seconds, got '-1'"),
+        ("--budget soon", "must be a number, got 'soon'"),
+        ("--rank 0", "argument --rank: must be a positive whole number, got '0'"),
+        ("--rank 1.5", "must be a positive whole number"),
+        ("--tokens -3", "must be a positive whole number"),
+        ("--dropout 1", "argument --dropout: must be at least 0 and below 1, got '1'"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("--nonsense", "unrecognized arguments: --nonsense"),
     ],
 )
-def test_a_bad_model_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_a_bad_argument_is_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    try:
+        status = command.main(arguments.split())
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("lora_kernels.qualify: ")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_the_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    assert "Exit status" in capsys.readouterr().out
+    assert all(action.help for action in command._parser()._actions)
+
+
+def test_an_interruption_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "listed", interrupted)
+    assert command.main([]) == 130
+    assert capsys.readouterr().err == "lora_kernels.qualify: interrupted, nothing of it is kept\n"
 
 
 def test_the_shapes_of_a_config(tmp_path: Path) -> None:
@@ -160,6 +295,9 @@ def test_the_shapes_of_a_config(tmp_path: Path) -> None:
     fields = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
     config.write_text(json.dumps(fields | {"num_key_value_heads": 2}))
     assert command.shapes_of(config) == [(64, 64), (32, 64), (192, 64), (64, 192)]
+    assert command._options(command._parser().parse_args(["--model", str(tmp_path)])).shapes == (
+        *((64, 64), (32, 64), (192, 64), (64, 192)),
+    )
     config.write_text(json.dumps(fields | {"head_dim": 32}))
     assert command.shapes_of(config) == [(128, 64), (64, 128), (192, 64), (64, 192)]
 
@@ -169,5 +307,5 @@ def test_nowhere_to_write_is_one_line(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file" / "below"))
-    assert command.main([*ARGUMENTS, "--budget", "0"], (*CHILD, "fast")) == 2
+    assert command.main(ARGUMENTS, (*CHILD, "fast")) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err

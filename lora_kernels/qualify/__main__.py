@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_kernels.ops.lora_linear import BACKENDS
+from lora_kernels.output import show
 from lora_kernels.qualify import record
 from lora_kernels.qualify.checks import SPEED, Options
 from lora_kernels.qualify.choose import size
@@ -25,6 +26,8 @@ MODELS = {
 COMMON = ("llama-3.1-8b", "llama-3.2-1b")
 TOKENS = (16, 512, 8192)
 DTYPES = ("bfloat16", "float16", "float32")
+BUDGET_S = 300.0
+_MOST_UNREACHED = 8  # timings that a table names
 
 
 def main(argv: list[str] | None = None, child: tuple[str, ...] = CHILD) -> int:
@@ -51,7 +54,10 @@ def main(argv: list[str] | None = None, child: tuple[str, ...] = CHILD) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"lora_kernels.qualify: {error}", file=sys.stderr)
         return 2
-    print(found.to_json() if arguments.json else "\n".join(table(found)))
+    except KeyboardInterrupt:
+        print("lora_kernels.qualify: interrupted, nothing of it is kept", file=sys.stderr)
+        return 130
+    show([found.to_json()] if arguments.json else table(found))
     fine = (record.RIGHT, record.UNTRIED)
     return int(any(verdict.outcome not in fine for verdict in found.backends.values()))
 
@@ -61,13 +67,20 @@ def merged(old: Record, new: Record) -> Record:
     backends = dict(old.backends)
     for name, verdict in new.backends.items():
         before = old.backends.get(name, Verdict(record.UNTRIED))
-        if before.outcome not in (record.RIGHT, record.UNTRIED):
+        tried = before.outcome != record.UNTRIED
+        if tried and (before.outcome != record.RIGHT or verdict.outcome == record.UNTRIED):
             verdict = before  # what failed once is not made right by other sizes
         elif verdict.outcome == before.outcome == record.RIGHT:
             again = set(map(_sizes, verdict.measured))
             kept = tuple(m for m in before.measured if _sizes(m) not in again)
             timed = tuple(dict.fromkeys((*verdict.timed, *before.timed)))
-            verdict = replace(verdict, measured=(*verdict.measured, *kept), timed=timed)
+            left = dict.fromkeys((*verdict.unreached, *before.unreached))
+            verdict = replace(
+                verdict,
+                measured=(*verdict.measured, *kept),
+                timed=timed,
+                unreached=tuple(name for name in left if name not in timed),
+            )
         backends[name] = verdict
     return replace(new, backends=backends)
 
@@ -85,6 +98,10 @@ def table(found: Record) -> Iterator[str]:
                 f"{m.time_us / m.frozen_us:5.2f} x frozen  "
                 f"{m.x_composition:5.2f} x composition{graph}{'  SLOWER' if m.slower else ''}"
             )
+        timings = [name for name in verdict.unreached if name.startswith(SPEED)]
+        yield from (f"  not reached: {name}" for name in timings[:_MOST_UNREACHED])
+        if len(timings) > _MOST_UNREACHED:
+            yield f"  and {len(timings) - _MOST_UNREACHED} more; a larger --budget reaches them"
 
 
 def shapes_of(config: Path) -> list[tuple[int, int]]:
@@ -107,6 +124,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         shapes += MODELS[arguments.model]
     elif arguments.model:
         path = Path(arguments.model)
+        path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             known = ", ".join(MODELS)
             raise ValueError(f"--model must be a config.json or one of {known}, got {path}")
@@ -128,42 +146,86 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest of the command does."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        self.exit(2, f"lora_kernels.qualify: {message}; --help lists what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_kernels.qualify", description=__doc__.partition(":")[2]
+    parser = _Parser(
+        prog="python -m lora_kernels.qualify",
+        description="Try the kernels on this machine, in a process that may hang or crash: every "
+        "result against float64, then their speed beside plain PyTorch. The record that is kept "
+        'tells "auto" which backend to run; without one it runs plain PyTorch.',
+        epilog="Exit status: 0 nothing is wrong; 1 a backend is wrong, hung or crashed; 2 nothing "
+        "could be tried or kept. A later run with other sizes adds to the record.",
     )
     add = parser.add_argument
-    add("--model", help=f"{', '.join(MODELS)}, or a config.json; default: common ones")
-    add("--shapes", nargs="+", type=_pair, metavar="N,K", help="sizes of linear layers")
-    add("--rank", nargs="+", type=_positive, default=[16], metavar="R")
-    add("--tokens", nargs="+", type=_positive, default=list(TOKENS), metavar="M")
-    add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
-    add("--dropout", nargs="+", type=_probability, default=[0.0, 0.05], metavar="P")
-    add("--budget", type=float, default=100.0, help="seconds of timing, after the checks")
-    add("--backend", nargs="+", help="only these; default: all that need a proof")
-    add("--device", default="cuda", help="default: cuda")
+    models = f"{', '.join(MODELS)}, or the path of a config.json"
+    add("--model", help=f"whose layers to time: {models}; default: {' and '.join(COMMON)}")
+    add("--shapes", nargs="+", type=_pair, metavar="N,K", help="(out, in) features of layers")
+    add("--rank", nargs="+", type=_positive, default=[16], metavar="R", help="default: 16")
+    tokens = f"rows of x; default: {' '.join(map(str, TOKENS))}"
+    add("--tokens", nargs="+", type=_positive, default=list(TOKENS), metavar="M", help=tokens)
+    add(
+        "--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], metavar="DTYPE",
+        help=f"of x and W: {', '.join(DTYPES)}; default: bfloat16, also beside fp32 adapters",
+    )  # fmt: skip
+    add(
+        "--dropout", nargs="+", type=_probability, default=[0.0, 0.05], metavar="P",
+        help="default: 0 0.05; the mask costs the same at any other",
+    )  # fmt: skip
+    budget = f"no step begins after this; most tokens are timed first; default: {BUDGET_S:.0f}"
+    add("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS", help=budget)
+    add("--backend", nargs="+", help="only these; default: every one that needs a proof")
+    add("--device", type=_device, default="cuda", help="default: cuda")
     add("--force", action="store_true", help="forget what is known of this machine")
     add("--json", action="store_true", help="print the record instead of a table")
     return parser
 
 
 def _pair(text: str) -> tuple[int, int]:
-    n, k = map(_positive, text.split(","))
-    return n, k
+    n, comma, k = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"must be N,K, two positive numbers, got {text!r}")
+    return _positive(n), _positive(k)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text!r}")
     return value
+
+
+def _seconds(text: str) -> float:
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def _device(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if kind not in ("cuda", "cpu") or (":" in text and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be cuda, cuda:N or cpu, got {text!r}")
+    return text
 
 
 def _sizes(m: Measured) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import reference
 from lora_kernels.ops.lora_linear.operands import Forward
 from lora_kernels.ops.lora_linear.problem import arch
+from lora_kernels.qualify.guard import guarded
 from lora_kernels.qualify.timing import measure
 from lora_kernels.testing import Case, Inputs, Results
 
@@ -60,7 +61,7 @@ def steps(options: Options, backends: Sequence[Backend]) -> list[Step]:
         Step(backend.name, name, options.limit_s, run)
         for backend in tried
         for listed in (_numbers, _company)
-        for name, run in listed(options, backend, device)
+        for name, run in listed(options, guarded(backend), device)
     ]
     # In turns, so that a budget that ends leaves no backend behind.
     speed = [
@@ -218,11 +219,14 @@ def check_far(backend: Backend, call: Forward) -> float:
 
 
 def repeated(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
-    """Run one call again and again."""
+    """Run one call again and again; no memory may stay behind."""
     inputs = testing.make_inputs(case, device)
     first = testing.run_backend(backend, case, inputs)
+    held = _allocated(device)
     for _ in range(REPEATS):
         _assert_same(testing.run_backend(backend, case, inputs), first)
+    leaked = _allocated(device) - held
+    assert leaked <= 0, f"{leaked} bytes are still held after {REPEATS} calls"
     return {}
 
 
@@ -261,7 +265,7 @@ def beside_a_hog(backend: Backend, case: Case, device: torch.device) -> dict[str
     def hog() -> None:
         size = 4096 if device.type == "cuda" else 512
         with _stream(device):
-            square = torch.randn(size, size, device=device)
+            square = torch.ones(size, size, device=device)
             while not stop.is_set():
                 for _ in range(10):
                     torch.mm(square, square)
@@ -304,9 +308,13 @@ def replayed(backend: Backend, case: Case, device: torch.device) -> dict[str, An
 
 
 def _assert_same(got: Results, right: Results) -> None:
+    """Assert that two calls gave the same bits, in memory of their own."""
     for name, one, other in zip(Results._fields, got, right, strict=True):
-        same = one is other if one is None or other is None else torch.equal(one, other)
-        assert same, f"{name} is not the same bit for bit"
+        if one is None or other is None:
+            assert one is other, f"{name} is missing in one of two calls"
+            continue
+        assert torch.equal(one, other), f"{name} is not the same bit for bit"
+        assert one.data_ptr() != other.data_ptr(), f"{name} of two calls is in the same memory"
 
 
 @contextmanager
@@ -318,3 +326,8 @@ def _stream(device: torch.device) -> Iterator[None]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _allocated(device: torch.device) -> int:
+    """Return the bytes of all tensors on the GPU; 0 on the CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

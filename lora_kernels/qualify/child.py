@@ -31,13 +31,18 @@ def main(argv: Sequence[str], backends: Sequence[Backend] = BACKENDS) -> int:
     def say(**fields: Any) -> None:
         os.write(pipe, json.dumps(fields).encode() + b"\n")
 
-    device_type = torch.device(options.device).type
-    if device_type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("there is no CUDA device here, or this PyTorch is a CPU build")
         return CRASHED
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            print(f"there is no {device} here, the last is cuda:{torch.cuda.device_count() - 1}")
+            return CRASHED
+        torch.cuda.set_device(device)  # what a graph captures
     listed = steps(options, backends)
     say(
-        environment=record.environment(device_type),
+        environment=record.environment(device.type),
         steps=[(step.backend, step.name, step.limit_s) for step in listed],
     )
     for i, step in enumerate(listed[start:], start):

@@ -60,7 +60,8 @@ def judge(found: Record, backend: str, problem: Any, backward: bool) -> str | No
     """Return why a record speaks against `backend` for a direction of `problem`, or None."""
     verdict = found.backends.get(backend)
     if verdict is None or verdict.outcome == record.UNTRIED:
-        return f"not yet tried on this machine: {COMMAND}"
+        why = f" ({verdict.detail})" if verdict is not None and verdict.detail else ""
+        return f"not yet tried on this machine{why}: {COMMAND}"
     if verdict.outcome != record.RIGHT:
         return f"{verdict.outcome} on this machine: {verdict.detail}"
     near = nearest(verdict.measured, problem, backward)

@@ -27,6 +27,7 @@ from lora_kernels.qualify.record import Measured, Record, Verdict
 
 CHILD = (sys.executable, "-m", "lora_kernels.qualify.child")
 START_S = 120.0  # until a child has listed its steps: importing, a first CUDA context
+_LOOK_S = 0.5  # between two looks whether a silent child still lives
 _LAST_LINES = 400  # characters of what a dead child printed
 
 Progress = Callable[[int, int, str], None]
@@ -40,7 +41,7 @@ class _Run:
     steps: list[tuple[str, str, float]] = field(default_factory=list)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     next: int = 0
-    timing_since: float | None = None  # on the monotonic clock
+    deadline: float = float("inf")  # on the monotonic clock
 
     def settle(self, i: int, outcome: str, detail: str, found: Mapping[str, Any]) -> None:
         """Add the outcome of step `i` to its backend's verdict."""
@@ -65,6 +66,20 @@ class _Run:
             detail = f"{name}: {detail}" if detail else name
             self.verdicts[backend] = replace(verdict, outcome=outcome, detail=detail)
 
+    def concluded(self) -> dict[str, Verdict]:
+        """Return the verdicts, with what the budget did not reach."""
+        verdicts = dict(self.verdicts)
+        for i in self.rest:
+            backend, name, _ = self.steps[i]
+            verdict = verdicts[backend]
+            verdicts[backend] = replace(verdict, unreached=(*verdict.unreached, name))
+        for backend, verdict in verdicts.items():
+            checks = sum(not name.startswith(SPEED) for name in verdict.unreached)
+            if checks:
+                detail = f"the budget ended {checks} checks too early; --budget sets it"
+                verdicts[backend] = replace(verdict, outcome=record.UNTRIED, detail=detail)
+        return verdicts
+
     @property
     def rest(self) -> list[int]:
         """The steps that are still to be tried."""
@@ -86,7 +101,7 @@ def listed(
         RuntimeError: the child could not say; the message ends with what it printed.
     """
     run = _Run(next=1 << 30)
-    _one_child(run, options, float("inf"), _no_progress, child)
+    _one_child(run, options, _no_progress, child)
     return run.environment, run.steps
 
 
@@ -96,25 +111,26 @@ def qualify(
     progress: Progress | None = None,
     child: Sequence[str] = CHILD,
 ) -> Record:
-    """Try every backend and return the record; the budget is for timing, once all checks are done.
+    """Try every backend and return the record.
+
+    No step begins once `budget_s` seconds are over. A backend whose checks were not all reached by
+    then has no verdict; timings that were not are missing.
 
     Raises:
         RuntimeError: no child could list its steps; the message ends with what it printed.
     """
-    run = _Run()
-    while _one_child(run, options, budget_s, progress or _no_progress, child):
+    run = _Run(deadline=time.monotonic() + budget_s)
+    while _one_child(run, options, progress or _no_progress, child):
         pass
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Record(run.environment, run.verdicts, created)
+    return Record(run.environment, run.concluded(), created)
 
 
 def _no_progress(done: int, total: int, name: str) -> None:
     pass
 
 
-def _one_child(
-    run: _Run, options: Options, budget_s: float, progress: Progress, child: Sequence[str]
-) -> bool:
+def _one_child(run: _Run, options: Options, progress: Progress, child: Sequence[str]) -> bool:
     """Let a child run the steps from `run.next` on; return whether another is needed."""
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as output:
@@ -124,7 +140,7 @@ def _one_child(
             preexec_fn=die_with_parent,
         )  # fmt: skip
         os.close(writing)
-        current, started_at, pipe = None, run.next, _Pipe(reading, START_S)
+        current, started_at, pipe = None, run.next, _Pipe(reading, START_S, process)
         try:
             for said in pipe:
                 if said is None:
@@ -135,10 +151,8 @@ def _one_child(
                     current = said["begin"]
                     backend, name, pipe.limit_s = run.steps[current]
                     progress(current, len(run.steps), f"{backend} {name}")
-                    if name.startswith(SPEED):
-                        run.timing_since = run.timing_since or time.monotonic()
-                        if time.monotonic() - run.timing_since > budget_s:
-                            return False
+                    if time.monotonic() > run.deadline:
+                        return False
                 else:
                     run.settle(said["end"], said["outcome"], said["detail"], said)
                     current = None
@@ -148,7 +162,8 @@ def _one_child(
             if not run.environment:
                 if said is None:
                     _end(process)  # it has said nothing for two minutes
-                raise RuntimeError(f"nothing can be tried: {_ending(process, output)}")
+                refused = process.returncode == CRASHED and _last(output)
+                raise RuntimeError(f"nothing can be tried: {refused or _ending(process, output)}")
             if said is None and current is None:  # between steps, or after the last
                 return run.next > started_at and bool(run.rest)
             if said is None:
@@ -181,23 +196,32 @@ def _begin(run: _Run, said: Mapping[str, Any]) -> None:
 
 
 class _Pipe:
-    """What a child says, object by object; None once it has said nothing for the limit."""
+    """What a child says, object by object; None once it has said nothing for the limit.
 
-    def __init__(self, descriptor: int, limit_s: float) -> None:
-        self._descriptor, self.limit_s = descriptor, limit_s
+    It ends with the child, even if a process that the child started still holds the other end.
+    """
+
+    def __init__(self, descriptor: int, limit_s: float, process: "subprocess.Popen[bytes]") -> None:
+        self._descriptor, self.limit_s, self._process = descriptor, limit_s, process
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         pending = b""
         while True:
-            ready, _, _ = select.select([self._descriptor], [], [], self.limit_s)
-            if not ready:
-                yield None
-                return
+            silent_since = time.monotonic()
+            while not self._something(_LOOK_S):
+                if self._process.poll() is not None and not self._something(0.0):
+                    return
+                if time.monotonic() - silent_since > self.limit_s:
+                    yield None
+                    return
             chunk = os.read(self._descriptor, 1 << 16)
             if not chunk:
                 return
             *lines, pending = (pending + chunk).split(b"\n")
             yield from map(json.loads, lines)
+
+    def _something(self, seconds: float) -> bool:
+        return bool(select.select([self._descriptor], [], [], seconds)[0])
 
 
 def _ending(process: "subprocess.Popen[bytes]", output: Any) -> str:

@@ -75,7 +75,7 @@ class Verdict:
 
     `outcome` is RIGHT if every check passed, else the first that did not decides; `detail` says
     which. `worst_error` is the largest error over its tolerance. `timed` names the timings that
-    were tried, too little memory included.
+    were tried, too little memory included; `unreached` the steps that the budget left out.
     """
 
     outcome: str
@@ -84,6 +84,7 @@ class Verdict:
     worst_error: float = 0.0
     measured: tuple[Measured, ...] = ()
     timed: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
 
 def summary(verdict: Verdict) -> str:
@@ -91,9 +92,12 @@ def summary(verdict: Verdict) -> str:
     if verdict.outcome != RIGHT:
         return f"{verdict.outcome}{': ' * bool(verdict.detail)}{verdict.detail}"
     good = sum(not measured.slower for measured in verdict.measured)
+    unreached = len(verdict.unreached)
     return (
         f"right in {verdict.checks} checks, largest error {verdict.worst_error:.2f} of the "
         f"tolerance; not slower than the composition on {good} of {len(verdict.measured)} sizes"
+        + f"; {unreached} more were not reached in the budget"
+        * bool(unreached)
     )
 
 
@@ -131,9 +135,9 @@ def from_json(text: str) -> Record:
         backends = {}
         for name, entry in body["backends"].items():
             measured = tuple(map(_measured, entry.pop("measured")))
-            timed = tuple(map(str, entry.pop("timed")))
+            names = {key: tuple(map(str, entry.pop(key))) for key in ("timed", "unreached")}
             verdict = _typed(Verdict, entry)
-            backends[name] = dataclasses.replace(verdict, measured=measured, timed=timed)
+            backends[name] = dataclasses.replace(verdict, measured=measured, **names)
         return Record(environment, backends, str(body["created"]))
     except Unreadable:
         raise

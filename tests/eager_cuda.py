@@ -11,7 +11,6 @@ import contextlib
 import gc
 import inspect
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -127,9 +126,7 @@ class Gpu:
 
     def memory_allocated(self, device: Any = None) -> int:
         """Return the bytes of all tensors that Python can still reach."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what else is asked whether it is a tensor
-            found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         return sum(storages.values())
 

@@ -77,6 +77,16 @@ FAULTS: dict[str, tuple[Forward, str, str]] = {
         "wrong",
         "counts 0 times: not applied",
     ),
+    "merged and applied": (
+        lambda x, w, a, b, bias, s: lora(x, w + s * (b @ a).to(w.dtype), a, b, bias, s),
+        "twice",
+        "counts 2 times: applied or scaled twice",
+    ),
+    "rows of W in another order": (
+        lambda x, w, *rest: lora(x, w.roll(1, 0), *rest),
+        "wrong",
+        "y, dx beyond the tolerance",
+    ),
     "truncated rank": (
         lambda x, w, a, b, bias, s: lora(x, w, a[:-1], b[:, :-1], bias, s),
         "wrong",
@@ -285,6 +295,21 @@ def test_the_parameter_of_another_layer(share: str) -> None:
     report = run(model)
     assert statuses(report) == {UP[0]: "mispaired", UP[2]: "mispaired"}
     assert report.layers[UP[2]].reason == f"its B is the very tensor of {UP[0]}"
+
+
+def test_one_module_in_two_places_is_judged_over_both() -> None:
+    model = stack()
+    blocks = model.get_submodule("base_model.model").blocks
+    blocks[2].up = blocks[0].up
+    assert run(model).ok
+    plant(blocks[0].up, double)
+    assert statuses(run(model)) == {UP[0]: "twice"}
+
+
+def test_a_gradient_that_a_hook_doubles() -> None:
+    model = stack()
+    parts(model.get_submodule(UP[1]))[2].register_hook(lambda db: 2 * db)
+    assert statuses(run(model)) == {UP[1]: "twice"}
 
 
 def test_frozen_matrices_are_no_fault() -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ def test_a_record_survives_the_file() -> None:
         lambda text: text.replace('"name": "x"', '"name": "y"'),
         lambda text: text.replace('"m": 1024', '"m": "1024"'),
         lambda text: text.replace('"checks": 7', '"checks": 7, "more": 1'),
+        lambda text: text.replace('"checks": 7', '"checks": "7"'),
+        lambda text: text.replace('"dropout": false', '"dropout": 0'),
         lambda text: text.replace('"created"', '"born"'),
         lambda text: "[" * 100_000,
         lambda text: text.replace('"time_us": 90', '"time_us": NaN'),
@@ -52,6 +56,31 @@ def test_a_spoilt_file_is_a_miss_with_a_reason(spoil: Any) -> None:
     assert "\n" not in found
     with pytest.raises(Unreadable):
         record.from_json(path.read_text())
+
+
+def test_what_cannot_be_read_at_all_is_a_miss_with_a_reason() -> None:
+    path = record.save(a_record(measured()))
+    path.write_bytes(b"\xff\xfe\xff")
+    assert f"{path} cannot be used: " in str(record.find(HERE))
+    path.unlink()
+    path.mkdir()
+    assert f"{path} cannot be used: " in str(record.find(HERE))
+
+
+@pytest.mark.parametrize("fails", ["mkstemp", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError("the folder is read-only")
+
+    old = a_record(measured())
+    path = record.save(old)
+    monkeypatch.setattr(tempfile if fails == "mkstemp" else os, fails, refused)
+    with pytest.raises(PermissionError):
+        record.save(a_record(measured(m=2)))
+    assert record.find(HERE) == old
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_record_of_another_environment_is_not_found() -> None:
@@ -113,7 +142,7 @@ def test_a_pinned_record_serves_or_says_why_not(
 ) -> None:
     path = tmp_path / "pinned.json"
     monkeypatch.setenv("LORA_KERNELS_RECORD", str(path))
-    with pytest.raises(RuntimeError, match="LORA_KERNELS_RECORD="):
+    with pytest.raises(RuntimeError, match=r"LORA_KERNELS_RECORD=.* is no file"):
         record.find(HERE)
     pinned = a_record(measured(), torch="another torch")
     record.save(pinned, path)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
 Initialisation = bool | Literal["gaussian"]
 
@@ -42,7 +43,7 @@ class LoRALinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    _frozen_weight: Tensor | None
+    _frozen_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -78,12 +79,14 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r, dtype=adapter_dtype))
         self.reset_lora_parameters(init_lora_weights)
-        # The weight as it was before merge(); a buffer, so that it moves with the module.
-        self.register_buffer("_frozen_weight", None, persistent=False)
+        # What `weight` was before merge(): the same object, so that whatever shares it stays tied.
+        self.register_parameter("_frozen_weight", None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, r: int, **options: Any) -> "LoRALinear":
-        """Adapt an existing layer, sharing its weight and bias: no copy, and `linear` is untouched.
+        """Adapt an existing layer, whose very weight and bias parameters it shares and freezes.
+
+        They stay the same objects: what is tied to them stays so, through `half()` and `deepcopy`.
 
         Args:
             linear: the layer to adapt; W (N, K), bias (N,) or None.
@@ -108,9 +111,9 @@ class LoRALinear(nn.Module):
             dtype=linear.weight.dtype,
             **options,
         )
-        layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        layer.weight, layer.bias = linear.weight.requires_grad_(False), linear.bias
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
         layer.lora_A = nn.Parameter(torch.empty_like(layer.lora_A, device=linear.weight.device))
         layer.lora_B = nn.Parameter(torch.empty_like(layer.lora_B, device=linear.weight.device))
         layer.reset_lora_parameters(options.get("init_lora_weights", True))
@@ -136,6 +139,12 @@ class LoRALinear(nn.Module):
         """Return y (..., N) for x (..., K); dropout only while training."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        if needs_a_copy(self, x, self.lora_A, dropout_p):
+            return on_a_copy(self, x, self._adapted)
+        return self._adapted(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
         return lora_linear(
             x,
             self.weight,
@@ -163,15 +172,14 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         merged = self._merged_weight()
-        self._frozen_weight = self.weight.detach()
+        self._frozen_weight = self.weight  # type: ignore[assignment]
         self.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the frozen weight back, bit for bit."""
+        """Put the frozen weight back, bit for bit and the same parameter."""
         if self._frozen_weight is None:
             return
-        self.weight = nn.Parameter(self._frozen_weight, requires_grad=False)
-        self._frozen_weight = None
+        self.weight, self._frozen_weight = self._frozen_weight, None
 
     @torch.no_grad()
     def merge_and_unload(self) -> nn.Linear:
@@ -202,7 +210,7 @@ class LoRALinear(nn.Module):
         # apply the adapter twice.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._frozen_weight is not None:
-            destination[prefix + "weight"] = self._frozen_weight
+            destination[prefix + "weight"] = destination.pop(prefix + "_frozen_weight")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()

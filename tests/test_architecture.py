@@ -27,9 +27,10 @@ LAYERS = (
     {"lora_kernels"},
     {"lora_kernels.audit"},
     {"lora_kernels.layers", "lora_kernels.peft", "lora_kernels.testing"},
+    {"lora_kernels.saved_input"},
     {OP},
     {f"{OP}.op"},
-    BACKENDS,
+    {*BACKENDS, f"{OP}.composition", f"{OP}.flops"},
     {f"{OP}.operands"},
     {
         *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),

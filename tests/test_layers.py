@@ -200,21 +200,16 @@ def test_a_bad_initialisation_is_refused(init: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [fp32, bf16])
-def test_from_linear_shares_and_leaves_the_original(
+def test_from_linear_takes_the_very_parameters_and_freezes_them(
     bias: bool, training: bool, dtype: torch.dtype
 ) -> None:
     linear = nn.Linear(K, N, bias, dtype=dtype).train(training)
     x = X.to(dtype)
     y = linear(x)
     model = LoRALinear.from_linear(linear, r=R, lora_alpha=2, lora_dropout=0.1)
-    assert model.weight.data_ptr() == linear.weight.data_ptr()
-    assert (model.bias is None) == (linear.bias is None)
-    if bias:
-        assert model.bias.data_ptr() == linear.bias.data_ptr()
-        assert linear.bias.requires_grad
-        assert not model.bias.requires_grad
-    assert linear.weight.requires_grad
-    assert not model.weight.requires_grad
+    assert model.weight is linear.weight
+    assert model.bias is linear.bias
+    assert not any(p.requires_grad for p in linear.parameters())
     assert model.training == training
     assert (model.scaling, model.lora_dropout) == (0.5, 0.1)
     assert model.lora_A.dtype == model.lora_B.dtype == dtype
@@ -318,7 +313,54 @@ def test_merge_leaves_a_shared_weight_alone() -> None:
     assert torch.equal(linear.weight, before)
     assert not torch.equal(model.weight, before)
     model.unmerge()
-    assert model.weight.data_ptr() == linear.weight.data_ptr()
+    assert model.weight is linear.weight
+
+
+class Tied(nn.Module):
+    """A language model's two ends: the head shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(N, K)
+        head = nn.Linear(K, N, bias=False)
+        head.weight = self.embedding.weight
+        self.head = LoRALinear.from_linear(head, R, init_lora_weights=False)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.half(),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: copy.deepcopy(m.bfloat16()).float(),
+    ],
+    ids=["half", "deepcopy", "pickle", "all"],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_tied_head_stays_tied(convert: Callable[[Tied], Tied], merged: bool) -> None:
+    model = Tied()
+    if merged:
+        model.head.merge()
+    model = convert(model)
+    if merged:
+        assert model.head.weight is not model.embedding.weight
+        model.head.unmerge()
+    assert model.head.weight is model.embedding.weight
+    assert [name for name, _ in model.named_parameters()] == [
+        "embedding.weight",
+        "head.lora_A",
+        "head.lora_B",
+    ]
+
+
+def test_merging_keeps_the_parameter_that_others_hold() -> None:
+    model = trained()
+    parameters = dict(model.named_parameters())
+    model.merge()
+    model.unmerge()
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert dict(model.named_parameters()).keys() == parameters.keys()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -264,9 +264,9 @@ def _with_grad(inputs: Inputs, x: bool = True, a: bool = True, b: bool = True) -
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_training_saves_the_operands_p_and_the_seed(dropout_p: float) -> None:
+def test_training_saves_the_operands_p_and_a_callers_seed(dropout_p: float) -> None:
     inputs = _with_grad(make_inputs(Case(20, 30, 40, 4, bias=True)))
-    saved = _saved(inputs, dropout_p=dropout_p, seed=1)
+    saved = _saved(inputs, dropout_p=dropout_p, seed=torch.tensor([1]))
     operands = {t.data_ptr() for t in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)}
     extra = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in operands)
     assert extra == ([(1,), (20, 4)] if dropout_p else [(20, 4)])

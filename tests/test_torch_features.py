@@ -387,39 +387,6 @@ def test_a_tensor_subclass_goes_through_the_operator() -> None:
     assert any("lora_linear" in name for name in seen)
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda run, x: torch.func.grad(lambda x: run(x).sum())(x),
-        lambda run, x: torch.func.hessian(lambda x: run(x).sum())(x),
-    ],
-    ids=["grad", "hessian"],
-)
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms_raise_rather_than_err(
-    transform: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
-) -> None:
-    x, weight, lora_a, lora_b, *_ = make_inputs(Case(6, N, K, R))
-    with pytest.raises(RuntimeError, match=r"functorch|vmap"):
-        transform(lambda x: lora_linear(x, weight, lora_a, lora_b, 1.0), x)
-
-
-def test_vmap_is_right_where_nothing_requires_grad() -> None:
-    x, weight, lora_a, lora_b, *_ = make_inputs(Case(6, N, K, R))
-    batch = torch.stack([x, 2 * x])
-    y = torch.vmap(lambda x: lora_linear(x, weight, lora_a, lora_b, 1.0))(batch)
-    assert_close(y, lora_linear(batch, weight, lora_a, lora_b, 1.0))
-
-
-def test_forward_mode_is_right_where_nothing_requires_grad() -> None:
-    x, weight, lora_a, lora_b, *_ = make_inputs(Case(6, N, K, R))
-    got, want = (
-        torch.func.jvp(lambda x, f=f: f(x, weight, lora_a, lora_b, 1.0), (x,), (x.cos(),))
-        for f in (lora_linear, oracle)
-    )
-    assert_close(list(got), list(want))
-
-
 def test_gradients_accumulate() -> None:
     model, x = layer(), torch.randn(6, K)
     y, _, da, db = gradients(model, model, x)

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch import AUTO, select
-from lora_kernels.ops.lora_linear import cuda, reference, triton
+from lora_kernels.dispatch import AUTO, BackendUnavailable, select
+from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, triton
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
@@ -65,7 +65,7 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
     are derived in the README.md beside this file.
     """
-    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and _autocasts(x):
+    if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and autocasts(x):
         x, weight, lora_a, lora_b, bias = map(_autocast, (x, weight, lora_a, lora_b, bias))
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
@@ -76,6 +76,15 @@ def lora_linear(
     if rebuild is not None and not callable(rebuild):
         raise TypeError(f"lora_linear: rebuild must be callable, got {type(rebuild).__name__}")
     scaling, dropout_p = float(scaling), float(dropout_p)
+    traced = _is_traced(x, weight, lora_a, lora_b)
+    where = composition.surrounds() or (
+        "in an exported program" if traced and torch.compiler.is_exporting() else None
+    )
+    if where:
+        _refuse(backend, where)
+        given = None if seed is None or not dropout_p else seed_tensor(seed, x)
+        call = Forward(x, weight, lora_a, lora_b, bias, given, scaling, dropout_p)
+        return composition.forward(call)
     drawn = None
     if dropout_p > 0:
         if backend != AUTO and not torch.compiler.is_compiling():
@@ -83,29 +92,37 @@ def lora_linear(
             call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p)
             select(BACKENDS, call.problem(), backend)
         drawn = seed_tensor(seed, x)
+    scale = None
+    if traced and torch.compiler.is_compiling() and _is_symbolic(scaling):
+        # A number in the graph would be guarded on, one graph for each; a tensor is an input.
+        scale, scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling, 1.0
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
-        if x.numel() == x.shape[-1] > 0 and rebuild is None:  # those nodes would keep the weight
+        # Autograd's own nodes would keep a transient weight.
+        if x.numel() == x.shape[-1] > 0 and rebuild is None and not traced:
             call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
             if _autograd_is_cheaper(call, backend):
                 return reference.compose(call)
-        rest = scaling, dropout_p, backend, rebuild
-        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, rest)
+        own_seed = not (traced or isinstance(seed, Tensor))
+        rest = scaling, dropout_p, backend, rebuild, traced, own_seed
+        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, scale, rest)
     call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
-    return _forward(call, backend)[0]
+    return _forward(call, backend, traced, scale)[0]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
-        bias: Tensor | None, seed: Tensor | None, rest: tuple[Any, ...],
+        bias: Tensor | None, seed: Tensor | None, scale: Tensor | None, rest: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        scaling, dropout_p, backend, rebuild = rest
+        scaling, dropout_p, backend, rebuild, traced, own_seed = rest
         call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p)
-        y, p, problem = _forward(call, backend)
+        y, p, problem = _forward(call, backend, traced, scale)
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        if not (need_dx or need_da):
+            seed = None
         # In the order of Backward, and no more than the needed gradients read: what is not saved
         # may be an inference tensor, or be written to before the backward pass.
         ctx.save_for_backward(
@@ -114,26 +131,32 @@ class _LoRALinear(torch.autograd.Function):
             lora_a if need_dx else None,
             lora_b if need_dx or need_da else None,
             p if need_db else None,
-            seed if need_dx or need_da else None,
+            None if own_seed else seed,
+            scale,
         )
-        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild if need_dx else None
+        rebuild = rebuild if need_dx else None
+        seed = seed if own_seed else None  # nobody else holds it: it needs no watching
+        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild, seed
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, p, seed = ctx.saved_tensors
-        shape, scaling, dropout_p, backend, problem, rebuild = ctx.rest
+        x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
+        shape, scaling, dropout_p, backend, problem, rebuild, own_seed = ctx.rest
         if rebuild is not None:
             weight = rebuild().to(dy.dtype)  # autocast may have converted it
         if len(shape) != 2:
             dy, x = _flatten(dy), None if x is None else _flatten(x)
+        seed = seed if own_seed is None else own_seed
         call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p)
         # With create_graph=True the gradients must not pass for constants. `once_differentiable`
         # would let them: it raises for what depends on dy, and these depend on x, A and B too.
         if torch.is_grad_enabled():
-            dx, da, db = _NotTwiceDifferentiable.apply(*call, backend)
+            if composition.surrounds(dy):  # there a Function's results are constants
+                _not_twice()
+            dx, da, db = _NotTwiceDifferentiable.apply(*call, scale, backend)
         else:
-            dx, da, db = _backward(call, backend, problem)
+            dx, da, db = _backward(call, backend, scale, problem)
         need_dx, need_da, need_db = call.needs
         if need_dx and len(shape) != 2:
             dx = dx.view(shape)
@@ -142,28 +165,36 @@ class _LoRALinear(torch.autograd.Function):
             None,
             da if need_da else None,
             db if need_db else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return _backward(Backward(*arguments[:-1]), arguments[-1])
+        *operands, scale, backend = arguments
+        return _backward(Backward(*operands), backend, scale)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise RuntimeError("lora_linear: double backward is not supported")
+        _not_twice()
 
 
-def _forward(call: Forward, backend: str) -> tuple[Tensor, Tensor, Problem | None]:
+def _not_twice() -> NoReturn:
+    raise RuntimeError("lora_linear: double backward is not supported")
+
+
+def _forward(
+    call: Forward, backend: str, traced: bool, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Problem | None]:
     """Return y, P and, where nothing traces, what the backend was chosen by."""
-    x, weight, lora_a, lora_b, *_ = call
+    x, weight, *_ = call
     if x.dim() != 2:
         call = call._replace(x=_flatten(x))
     problem = None
-    if _is_traced(x, weight, lora_a, lora_b):
-        y, p = _ops.lora_linear.default(*call, backend)
+    if traced:
+        _teach()
+        y, p = _ops.lora_linear.default(*call, backend, scale)
     else:
         problem = call.problem()
         y, p = select(BACKENDS, problem, backend).forward(call)
@@ -174,13 +205,18 @@ def _forward(call: Forward, backend: str) -> tuple[Tensor, Tensor, Problem | Non
 
 
 def _backward(
-    call: Backward, backend: str, problem: Problem | None = None
+    call: Backward, backend: str, scale: Tensor | None, problem: Problem | None = None
 ) -> tuple[Tensor | None, ...]:
-    if torch._C._is_any_autocast_enabled() and _autocasts(call.dy):
+    if torch._C._is_any_autocast_enabled() and autocasts(call.dy):
         with torch.autocast(call.dy.device.type, enabled=False):
-            return _backward(call, backend, problem)
+            return _backward(call, backend, scale, problem)
+    where = composition.surrounds(call.dy)
+    if where:
+        _refuse(backend, where)
+        return composition.backward(call)
     if _is_traced(*[t for t in call[:6] if t is not None]):
-        return _ops.lora_linear_backward.default(*call, backend)
+        _teach()
+        return _ops.lora_linear_backward.default(*call, backend, scale)
     if problem is None:
         problem = call.problem()
     return select(BACKENDS, problem, backend, backward=True).backward(call)
@@ -191,8 +227,8 @@ def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
 
     A Function in Python costs more than all of a token's products (README.md).
     """
-    x, weight, lora_a, lora_b, _, seed, *_ = call
-    if seed is not None or lora_a.dtype != x.dtype or _is_traced(x, weight, lora_a, lora_b):
+    x, _, lora_a, _, _, seed, *_ = call
+    if seed is not None or lora_a.dtype != x.dtype:
         return False
     if x.dtype == torch.float16:  # autograd scales 16-bit gradients by s on its own
         return False
@@ -201,6 +237,17 @@ def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
         select(BACKENDS, problem, backend, backward=backward) is reference.BACKEND
         for backward in (False, True)
     )
+
+
+def _teach() -> None:
+    if not torch.compiler.is_compiling():
+        flops.teach()
+
+
+def _refuse(backend: str, where: str) -> None:
+    """Raise unless plain PyTorch may run: a kernel asked for by name has no derivative there."""
+    if backend not in (AUTO, reference.BACKEND.name):
+        raise BackendUnavailable(f"lora_linear: backend {backend!r} cannot run {where}")
 
 
 def _tokens(x: Tensor) -> int:
@@ -224,7 +271,13 @@ def _is_traced(*tensors: Tensor) -> bool:
     )
 
 
-def _autocasts(x: Tensor) -> bool:
+def _is_symbolic(number: float) -> bool:
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    return not has_static_value(number)
+
+
+def autocasts(x: Tensor) -> bool:
     """Return whether autocast is on for x's device; some devices (meta) know no autocast."""
     device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
@@ -240,26 +293,33 @@ def _autocast(tensor: Any) -> Any:
 
 
 # --- The operator boundary: one schema per direction, the same for every backend -----------------
-# The operands of a direction are its NamedTuple's fields, then comes the backend's name. A gradient
-# that is not needed is None in a backend and an empty tensor here: the arity is fixed.
+# The operands of a direction are its NamedTuple's fields, then comes the backend's name; `scale` is
+# a float64 number on the CPU that multiplies the scaling. A gradient that is not needed is None in
+# a backend and an empty tensor here: the arity is fixed.
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
 
 
 def _schema(operands: type[Forward] | type[Backward], returns: str) -> str:
     fields = ", ".join(f"{_TYPES[t]} {name}" for name, t in operands.__annotations__.items())
-    return f"({fields}, str backend) -> {returns}"
+    return f"({fields}, str backend, Tensor? scale=None) -> {returns}"
+
+
+def _call(kind: Any, *arguments: Any) -> tuple[Any, str]:
+    count = len(kind._fields)
+    call, (backend, *scale) = kind(*arguments[:count]), arguments[count:]
+    if scale and scale[0] is not None:
+        call = call._replace(scaling=call.scaling * float(scale[0]))
+    return call, backend
 
 
 def _forward_impl(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *operands, backend = arguments
-    call = Forward(*operands)
+    call, backend = _call(Forward, *arguments)
     return select(BACKENDS, call.problem(), backend).forward(call)
 
 
 def _backward_impl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *operands, backend = arguments
-    call = Backward(*operands)
+    call, backend = _call(Backward, *arguments)
     dx, da, db = select(BACKENDS, call.problem(), backend, backward=True).backward(call)
     return (
         call.dy.new_empty(0) if dx is None else dx,
@@ -275,7 +335,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Backward(*arguments[:-1])
+    call = Backward(*arguments[: len(Backward._fields)])
     (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
     dtype = call.adapter_dtype()
     return (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_FP32_MAX = torch.finfo(torch.float32).max
+FP32_MAX = torch.finfo(torch.float32).max
 _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
@@ -47,7 +47,7 @@ def validate(
 
     if type(scaling) is not float and not _is_number(scaling):
         _type_error(f"scaling must be a number, got {type(scaling).__name__}")
-    if not abs(scaling) <= _FP32_MAX:
+    if not abs(scaling) <= FP32_MAX:
         _value_error(f"scaling must be finite in fp32, got {scaling}")
     if type(dropout_p) is not float and not _is_number(dropout_p):
         _type_error(f"dropout_p must be a number, got {type(dropout_p).__name__}")

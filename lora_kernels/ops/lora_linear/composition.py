@@ -1,0 +1,70 @@
+"""The operator as PyTorch's own: differentiable, out of place, fit for any transform or tool.
+
+It runs where a kernel would hide from what surrounds the call: under `torch.func` transforms and
+forward-mode differentiation, on batched gradients, and in what `torch.export` records, so that an
+exported program names no operator of this package.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
+from lora_kernels.ops.lora_linear.philox import keep_mask
+
+_in_transform = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+def surrounds(dy: Tensor | None = None) -> str | None:
+    """Return which transform surrounds this point, or dy's computation, or None."""
+    if _in_transform():
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    if dy is not None and not _is_compiling() and _is_legacy_batch(dy):
+        return "on a batch of gradients"  # is_grads_batched=True
+    return None
+
+
+def forward(call: Forward) -> Tensor:
+    """Return y (..., N) of x (..., K), as PEFT computes it: `s` after the products.
+
+    Without a seed torch's own dropout runs, so that `vmap(randomness=...)` is heeded.
+    """
+    x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p = call
+    dropped = x.to(lora_a.dtype)
+    if seed is not None:
+        m, k = math.prod(x.shape[:-1]), x.shape[-1]
+        keep = keep_mask(seed, dropout_p, range(m), range(k), x.device)
+        dropped = dropped * keep.reshape(x.shape) / (1 - dropout_p)
+    elif dropout_p:
+        dropped = F.dropout(dropped, dropout_p)
+    y = F.linear(x, weight, bias)
+    return (y + F.linear(F.linear(dropped, lora_a), lora_b) * scaling).to(y.dtype)
+
+
+def backward(call: Backward) -> Gradients:
+    """Return the needed ones of dx, da and db; dy may be a batch, in any of PyTorch's ways."""
+    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p = call
+    factor, power = call.scale()
+    dx = da = db = q = keep = None
+    if p is not None:
+        db = dy.to(p.dtype).t() @ p * power
+    if lora_b is not None:
+        q = dy.to(lora_b.dtype) @ lora_b * factor
+    if seed is not None:
+        m, _, k, _ = call.sizes()
+        keep = keep_mask(seed, dropout_p, range(m), range(k), dy.device)
+    if weight is not None:
+        dx = dy @ weight
+        if q is not None and lora_a is not None:
+            low_rank = q @ lora_a * power
+            dx = (dx + (low_rank if keep is None else low_rank * keep)).to(dx.dtype)
+    if x is not None and q is not None:
+        da = q.t() @ (x if keep is None else x * keep).to(q.dtype) * power
+    return Gradients(dx, da, db)

@@ -1,0 +1,44 @@
+"""Whether a layer may save the caller's x for its backward pass, or has to save a copy.
+
+With dropout or wider adapters PEFT saves what it made of x, so a caller may write to x in place
+before the backward pass: `h += layer(h)`. Saving x itself costs no memory, but then that raises.
+Which of the two a caller does is seen in the first backward pass: until then, and for ever where x
+was written to, a layer works on a copy; the others save x itself from their second step on.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+WRITTEN = "_x_is_written_to"  # in a layer's __dict__: whether it is, once that is known
+_TENSOR = (Tensor, nn.Parameter)
+
+
+def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, dropout_p: float) -> bool:
+    """Return whether x would be saved where PEFT saves something else, and may be written to."""
+    return (
+        (dropout_p > 0 or lora_a.dtype != x.dtype)
+        and layer.__dict__.get(WRITTEN) is not False
+        and lora_a.requires_grad
+        and torch.is_grad_enabled()
+        and type(x) in _TENSOR
+        and not torch.compiler.is_compiling()  # a graph without writes is what gets compiled
+    )
+
+
+def on_a_copy(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `run(copy of x)`; the first backward pass finds out whether x was written to."""
+    y = run(x.clone())
+    if layer.__dict__.get(WRITTEN) or x.is_inference() or not y.requires_grad:
+        return y
+    watched = x.detach()
+    watched.data = x.new_empty(0)  # leaves x's memory and keeps its version counter
+    version = watched._version
+
+    def look(_: Tensor) -> None:
+        state = layer.__dict__
+        state[WRITTEN] = state.get(WRITTEN, False) or watched._version != version
+
+    y.register_hook(look)
+    return y

@@ -164,9 +164,13 @@ def test_a_hook_of_accelerate_on_a_fused_layer_keeps_it_fused(
     assert len(calls) == 2
 
 
-def test_deepcopy_and_pickle_stay_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deepcopy_stays_fused_and_a_pickle_is_fused_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fused, plain = pair()
-    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+    unpickled = pickle.loads(pickle.dumps(fused))
+    assert len(fuse(unpickled).fused) == 2
+    for twin in (copy.deepcopy(fused), unpickled):
         assert type(twin.base_model.model.up) is FusedLinear
         with calls_of_lora_linear(monkeypatch) as calls:
             assert_close_to_peft(twin, plain, x_for(plain))

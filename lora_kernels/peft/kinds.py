@@ -6,6 +6,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lora_kernels.peft import calls
 from lora_kernels.peft.layer import Fused, find
 from lora_kernels.peft.merging import forget
 from lora_kernels.peft.parts import kind
@@ -19,25 +20,42 @@ KINDS = {
 }
 
 
-def fuse(model: nn.Module) -> Report:
+def fuse(model: nn.Module, *, strict: bool = False) -> Report:
     """Make every eligible PEFT LoRA layer of `model` run `lora_linear`, in place; say which are.
 
     Eligible are the layers for which `why_not` returns None now. A fused layer asks again at every
     call, so merging, disabling, adding or switching adapters later needs no further step; a layer
     that becomes eligible only later needs another `fuse`, which is harmless to the others. Fuse
     before sharding: the weights of a sharded model are plain tensors only while it runs.
+
+    The report says what is eligible now; `report.calls()` says what really ran. A pickled or
+    `torch.save`d model holds PEFT's own layers, which need `fuse` again; a deep copy stays fused.
+
+    Args:
+        model: searched for PEFT layers.
+        strict: raise where a PEFT layer cannot be fused, now or at a call, instead of running
+            PEFT's code; a call without an adapter (disabled, merged, none active) is no such case.
+
+    Raises:
+        NotFused: strict, and a layer is not eligible; nothing was changed.
     """
-    fused, not_fused = [], {}
+    fused, not_fused = {}, {}
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         reason = why_not(layer)
         if reason is None:
-            layer.__class__ = fused_class(layer)
-            fused.append(name)
+            fused[name] = layer
         else:
             not_fused[name] = reason
-    return Report(fused, not_fused)
+    if strict and not_fused:
+        name, reason = next(iter(not_fused.items()))
+        rest = f", and {len(not_fused) - 1} more" if len(not_fused) > 1 else ""
+        raise calls.NotFused(f"fuse(strict=True): {name} cannot be fused: {reason}{rest}")
+    for layer in fused.values():
+        layer.__class__ = fused_class(layer)
+    counts = {name: calls.watch(layer, strict) for name, layer in fused.items()}
+    return Report([*fused], not_fused, counts)
 
 
 def unfuse(model: nn.Module) -> None:
@@ -47,6 +65,7 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(layer, Fused) and plain:
             layer.__class__ = plain
             forget(layer)
+            calls.forget(layer)
 
 
 def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:

@@ -1,5 +1,6 @@
 """A fused layer: what a call finds in it, and the call of `lora_linear` that this becomes."""
 
+import copy
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import composition, lora_linear
+from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
+from lora_kernels.peft import calls
 from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.merging import ExactMerge
-from lora_kernels.peft.parts import Adapter, Frozen, kind, short
+from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short
 from lora_kernels.peft.rows import add_row
+from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
 _TENSOR = (nn.Parameter, Tensor)
 # Below so many rows of x, making factors anew for each call costs more than it saves: measured on
@@ -41,23 +45,31 @@ class Fused(ExactMerge):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)`: x[..., K] -> y[..., N]."""
-        own = type(self)
-        if "plain" not in own.__dict__:  # this bound method was kept across `unfuse`, or a wrapper
-            return getattr(own, "plain", own).forward(self, x, *args, **kwargs)
-        found = find(self, own, x, args, kwargs)
+        own: Any = type(self)
+        if "plain" in own.__dict__:
+            plain, found = own.plain, find(self, own, x, args, kwargs)
+        else:  # this bound method was kept across `unfuse`, or the class was wrapped
+            plain, found = getattr(own, "plain", own), f"the layer became a {kind(self)}"
         if isinstance(found, str):
-            return own.plain.forward(self, x, *args, **kwargs)
-        frozen, adapter, dtype = found
-        bias = frozen.bias
-        if (
-            adapter.derive is None
-            and adapter.compute is None
-            and frozen.dense is None
-            and (bias is None or not bias.requires_grad)
-        ):
-            weight, (lora_a, lora_b, scaling, dropout_p, *_) = frozen.weight, adapter
-            return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
-        return _apply(x, frozen, adapter, dtype)
+            calls.note(self, found)
+            return plain.forward(self, x, *args, **kwargs)
+        calls.note(self, calls.FUSED)
+        layer: Any = self
+        lora_a, _, _, dropout_p, *_ = found.adapter
+        # Where x is converted for the call, it is not the caller's that is saved.
+        if needs_a_copy(layer, x, lora_a, dropout_p) and x.dtype == found.dtype:
+            return on_a_copy(layer, x, functools.partial(_run, found))
+        return _run(found, x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as PEFT's layer, which any machine can load; there, `fuse` fuses it again."""
+        return object.__new__, (self.plain,), calls.without(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy as what it is: a copy stays fused, and counts its own calls."""
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[attr-defined]
+        return copied
 
 
 class Found(NamedTuple):
@@ -80,13 +92,13 @@ def find(
     if args or kwargs:
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
     if layer.disable_adapters:
-        return "adapters are disabled"
+        return calls.DISABLED
     if layer.merged:
-        return "adapters are merged"
+        return calls.MERGED
     present = layer._modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
     if not active:
-        return "no active adapter"
+        return calls.NO_ADAPTER
     if len(active) == 1:
         return find_for(layer, own, adapter_of(layer, active[0]), x)
     adapters = []
@@ -106,11 +118,12 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     if isinstance(frozen, str):
         return frozen
     autocast = None
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(frozen.weight.device.type):
+    if torch._C._is_any_autocast_enabled() and autocasts(frozen.weight):
         autocast = torch.get_autocast_dtype(frozen.weight.device.type)
     dtype = _computed_in(frozen.dtype, autocast)
     return (
-        _surroundings()
+        patched(own.plain)
+        or _surroundings()
         or _tensors(frozen, x)
         or _dtypes(layer, frozen, adapter, x, dtype, autocast)
         or _few_rows(adapter, x)
@@ -121,11 +134,9 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
 def _surroundings() -> str | None:
     if _has_any_global_hook():
         return "global module hooks are set, which only module calls run"
-    if torch._C._are_functorch_transforms_active():
-        return "inside a torch.func transform"
     if torch.jit.is_tracing():
         return "inside torch.jit.trace, which would keep this x's shape"
-    return None
+    return composition.surrounds()
 
 
 def _tensors(frozen: Frozen, x: Tensor | None) -> str | None:
@@ -193,8 +204,24 @@ def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtyp
     return autocast
 
 
-def _apply(x: Tensor, frozen: Frozen, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+def _run(found: Found, x: Tensor) -> Tensor:
+    """Run `lora_linear` on what is found."""
+    frozen, adapter, _ = found
+    bias = frozen.bias
+    if (
+        adapter.derive is None
+        and adapter.compute is None
+        and frozen.dense is None
+        and (bias is None or not bias.requires_grad)
+    ):
+        lora_a, lora_b, scaling, dropout_p, *_ = adapter
+        return lora_linear(x, frozen.weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
+    return _make_and_run(found, x)
+
+
+def _make_and_run(found: Found, x: Tensor) -> Tensor:
     """Run `lora_linear` on what has to be made for this call, and add what it does not take."""
+    frozen, adapter, dtype = found
     factors, bias = adapter.factors(), frozen.bias
     if adapter.compute is not None:
         return adapter.compute(x, frozen.weight, factors, bias)

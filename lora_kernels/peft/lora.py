@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_kernels.ops.lora_linear.validate import FP32_MAX
 from lora_kernels.peft.parts import Adapter, Factors, kind, not_plain, parameter, short
 
 _DROPOUT = (nn.Identity, nn.Dropout)
@@ -31,8 +32,10 @@ def plain(
     if reason:
         return reason
     scaling = layer.scaling[name]
-    if not isinstance(scaling, (int, float)):
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         return f"scaling is a {kind(scaling)}, not a number"
+    if not abs(scaling) <= FP32_MAX:
+        return f"scaling is {scaling}"
     dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     if dropout_p >= 1:
         return "the dropout probability is 1"

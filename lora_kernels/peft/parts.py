@@ -56,7 +56,7 @@ def not_plain(
 
 
 def replaced(part: str, module: nn.Module) -> str | None:
-    """Return why calling a module may run more than its class's forward, or None."""
+    """Return why calling a module may run more than its class's own forward, or None."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
@@ -67,7 +67,26 @@ def replaced(part: str, module: nn.Module) -> str | None:
         return f"{part} has hooks, which only its own call would run"
     if "forward" in state:
         return f"the forward of {part} was replaced on the instance"
-    return None
+    own = type(module)
+    return None if own.forward is _forwards.get(own) else patched(own)
+
+
+_forwards: dict[Any, Any] = {}
+
+
+def patched(own: Any) -> str | None:
+    """Return that the forward of a class is not the one which its module defines, or None."""
+    if own not in _forwards:
+        owner = next(c for c in own.__mro__ if "forward" in vars(c))
+        source = getattr(owner.forward, "__globals__", {})  # which no `functools.wraps` changes
+        _forwards[own] = owner.forward if source.get("__name__") == owner.__module__ else None
+    if own.forward is _forwards[own]:
+        return None
+    return f"{own.__name__}.forward was patched"
+
+
+for _class in (nn.Linear, nn.Dropout, nn.Identity):
+    patched(_class)  # before a compiler traces it
 
 
 def parameter(module: Any, name: str) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear import composition
+
 # Elements that exist at a time. On the CPU they stay in the cache; elsewhere launches cost.
 _BLOCK_ELEMENTS = {"cpu": 1 << 17}
 _BLOCK_ELEMENTS_ELSEWHERE = 1 << 24
@@ -38,7 +40,8 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     n, k = weight.shape
     dtype, device = lora_a.dtype, weight.device.type
     norms = lora_a.new_empty(n)
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    known = device if torch.amp.is_autocast_available(device) else "cpu"  # meta knows none
+    with torch.no_grad(), torch.autocast(known, enabled=False):
         for rows in _blocks(n, k, device):
             summed = torch.addmm(weight[rows].to(dtype), lora_b[rows], lora_a, alpha=scaling)
             norms[rows] = torch.linalg.vector_norm(summed, dim=1)
@@ -78,6 +81,13 @@ class _Rescale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         z, row, scale = ctx.saved_tensors
         n = dy.shape[-1]
+        if composition.surrounds(dy):  # nothing may be written to in place
+            wide = dy.to(scale.dtype)
+            dz = (wide * scale).to(dy.dtype)
+            d_scale = None
+            if ctx.needs_input_grad[1]:
+                d_scale = (wide * (z if row is None else z - row)).reshape(-1, n).sum(0)
+            return dz, d_scale, _sum(dy, ctx.row_dtype) if ctx.needs_input_grad[2] else None
         dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
         flat, out = dy.reshape(-1, n), dz.view(-1, n)
         d_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None

@@ -1,0 +1,207 @@
+"""What a layer keeps for its backward pass: no more than PEFT does, and x safe from its caller."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from peft_models import (
+    H,
+    K,
+    bf16,
+    calls_of_lora_linear,
+    fp16,
+    fp32,
+    fp64,
+    one_thread,
+    pair,
+    peft_model,
+    run,
+    x_for,
+)
+from torch import Tensor, nn
+
+from lora_kernels import LoRALinear
+from lora_kernels.peft import fuse
+from lora_kernels.saved_input import WRITTEN
+from lora_kernels.testing import assert_accurate
+
+__all__ = ["one_thread"]  # a fixture
+
+DTYPES = [(fp32, fp32), (bf16, fp32), (bf16, bf16), (fp16, fp32), (fp64, fp64)]
+
+
+def saved_bytes(model: nn.Module, x: Tensor, autocast: bool) -> int:
+    """What autograd keeps for the backward pass, the parameters not counted."""
+    saved: list[Tensor] = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cpu", bf16, enabled=autocast),
+    ):
+        model(x)
+    own = {p.data_ptr() for p in model.parameters()}
+    return sum(t.nbytes for t in saved if t.data_ptr() not in own)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("base", "adapters"), DTYPES, ids=str)
+def test_a_fused_layer_saves_no_more_than_peft(
+    base: torch.dtype, adapters: torch.dtype, dropout: float, autocast: bool
+) -> None:
+    for needs in itertools.product((False, True), repeat=3):
+        if not any(needs):
+            continue
+        model = peft_model(dtype=base, lora_dropout=dropout).train()
+        layer = model.base_model.model.up
+        for part, need in (("lora_A", needs[1]), ("lora_B", needs[2])):
+            weight = getattr(layer, part)["default"].weight
+            weight.data, weight.requires_grad = weight.data.to(adapters), need
+        x = torch.randn(64, K).to(base).requires_grad_(needs[0])
+        expected = saved_bytes(layer, x, autocast)
+        assert len(fuse(model).fused) == 2
+        assert saved_bytes(layer, x, autocast) <= expected, needs  # the first call copies x
+        layer.__dict__[WRITTEN] = False
+        assert saved_bytes(layer, x, autocast) <= expected, needs
+
+
+# --- A caller that writes to x before the backward pass ------------------------------------------
+
+
+class InPlace(nn.Module):
+    """Layers whose input is written to after them, each in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, H), nn.Linear(H, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + 0
+        wide = self.up(h)
+        h.mul_(2)
+        gate = wide + 0  # nothing but `down` keeps it
+        h += self.down(gate)
+        gate.relu_()
+        return h + gate.sum(-1, keepdim=True)
+
+
+class OutOfPlace(InPlace):
+    """The same function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + 0
+        wide = self.up(h)
+        h = h * 2
+        gate = wide + 0
+        h = h + self.down(gate)
+        return h + gate.relu().sum(-1, keepdim=True)
+
+
+def in_place(base: torch.dtype, dropout: float) -> tuple[nn.Module, nn.Module]:
+    plain = peft_model(InPlace(), dtype=base, lora_dropout=dropout)
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name and base != fp64:
+            parameter.data = parameter.data.float()
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 2
+    return fused, plain
+
+
+@pytest.mark.parametrize("base", [bf16, fp16], ids=str)
+def test_wider_adapters_bear_an_x_that_is_written_to(
+    base: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused, plain = in_place(base, 0.0)
+    exact = copy.deepcopy(plain).to(fp64)
+    exact.base_model.model.__class__ = OutOfPlace
+    x = x_for(plain).to(base)
+    eager, reference = run(plain, x), run(exact, x.to(fp64))
+    for _ in range(3):
+        with calls_of_lora_linear(monkeypatch) as calls:
+            got = run(fused, x)
+        assert len(calls) == 2
+        for name, expected in reference.items():
+            assert_accurate(name, got[name], expected, eager[name])
+
+
+def step(model: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [fp64, bf16], ids=str)
+def test_dropout_bears_an_x_that_is_written_to(dtype: torch.dtype, autocast: bool) -> None:
+    """The twin draws the same masks."""
+    fused, _ = in_place(dtype, 0.5)
+    twin = copy.deepcopy(fused)
+    twin.base_model.model.__class__ = OutOfPlace
+    x = x_for(fused).to(dtype)
+    for seed in range(3):
+        with torch.autocast("cpu", bf16, enabled=autocast and dtype != fp64):
+            for got, expected in zip(step(fused, x, seed), step(twin, x, seed), strict=True):
+                assert torch.equal(got, expected)
+
+
+def saves_x_itself(layer: nn.Module, x: Tensor) -> bool:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    y.sum().backward()
+    return any(t.data_ptr() == x.data_ptr() for t in saved)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("of", ["fused", "LoRALinear"])
+def test_a_layer_whose_x_is_left_alone_copies_it_once(of: str, requires_grad: bool) -> None:
+    if of == "fused":
+        layer: nn.Module = pair(lora_dropout=0.3)[0].base_model.model.up
+    else:
+        layer = LoRALinear(K, H, r=2, dtype=bf16, adapter_dtype=fp32)
+    dtype = next(layer.parameters()).dtype
+    x = torch.randn(6, K).to(dtype).requires_grad_(requires_grad)
+    assert [saves_x_itself(layer, x) for _ in range(3)] == [False, True, True]
+    assert saves_x_itself(copy.deepcopy(layer), x)
+
+
+def test_where_peft_saves_x_itself_so_do_we_at_once() -> None:
+    for options in ({}, {"dtype": bf16}):
+        layer = pair(**options)[0].base_model.model.up
+        weight = layer.lora_A["default"].weight
+        weight.data = weight.data.to(layer.base_layer.weight.dtype)
+        layer.lora_B["default"].weight.data = layer.lora_B["default"].weight.data.to(weight.dtype)
+        x = torch.randn(6, K).to(weight.dtype)
+        assert saves_x_itself(layer, x)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_once_written_to_always_copied(checkpointed: bool) -> None:
+    layer = LoRALinear(K, K, r=2, lora_dropout=0.5, init_lora_weights=False)
+
+    def forward(h: Tensor, write: bool) -> Tensor:
+        def block(h: Tensor) -> Tensor:
+            h = h + 0
+            y = layer(h)
+            return h.add_(y) if write else h + y
+
+        if checkpointed:
+            return torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False)
+        return block(h)
+
+    x = torch.randn(6, K, requires_grad=True)
+    gradients: dict[bool, list[Tensor]] = {True: [], False: []}
+    for write in (True, False, True, True, False, True):
+        torch.manual_seed(1)
+        gradients[write] += torch.autograd.grad(forward(x, write).square().sum(), x)
+    assert all(torch.equal(g, gradients[False][0]) for both in gradients.values() for g in both)
+
+
+def test_an_inference_tensor_may_be_trained_on_where_x_is_copied() -> None:
+    layer = LoRALinear(K, H, r=2, lora_dropout=0.5)
+    with torch.inference_mode():
+        x = torch.randn(6, K)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad.any()

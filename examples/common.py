@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import parallel
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,8 +22,12 @@ VALIDATION_WINDOWS = 16
 
 
 def fail(message: object, status: int = 1) -> NoReturn:
-    """End the program with one line on stderr; status 2 is for a mistake in the arguments."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    """End the program with one line on stderr; status 2 is for a mistake in the arguments.
+
+    Every process makes the same mistake in the arguments: the first tells.
+    """
+    if status != 2 or parallel.RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -45,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         add("--alpha", type=_POSITIVE, default=32.0, help="LoRA alpha; the scaling is alpha/R")
         add("--targets", default="all-linear", help="layers to adapt, such as q_proj,v_proj")
         add("--steps", type=_POSITIVE_INT, default=steps, help="training steps of each run")
-        add("--batch", type=_POSITIVE_INT, default=4, help="sequences in a step")
+        add("--batch", type=_POSITIVE_INT, default=4, help="sequences in a step, of all processes")
         add("--length", type=_AT_LEAST_2, default=64, help="tokens in a sequence")
         add("--learning-rate", type=_POSITIVE, default=1e-3, help="of AdamW")
         add("--seed", type=_NOT_NEGATIVE_INT, default=0, help="of the adapters and the batches")
@@ -65,6 +70,9 @@ class Parser(argparse.ArgumentParser):
         """Return the arguments, with torch's device and dtype, and the text itself as `corpus`."""
         args = self.parse_args()
         args.corpus = _read(args.text)
+        if args.batch % parallel.SIZE:
+            every = f"a multiple of the {parallel.SIZE} processes"
+            fail(f"argument --batch: must be {every}, got {args.batch}", status=2)
         has_gpu = torch.cuda.is_available()
         if args.device == "cuda" and not has_gpu:
             fail("argument --device: PyTorch sees no GPU here", status=2)
@@ -72,7 +80,8 @@ class Parser(argparse.ArgumentParser):
             args.device = "cuda" if has_gpu else "cpu"
         if args.dtype == "auto":
             args.dtype = "float32" if args.device == "cpu" else "bfloat16"
-        args.device, args.dtype = torch.device(args.device), getattr(torch, args.dtype)
+        args.device = parallel.join(torch.device(args.device))
+        args.dtype = getattr(torch, args.dtype)
         return args
 
 
@@ -100,6 +109,8 @@ PROBABILITY = _number(float, lambda v: 0 <= v < 1, "a number in [0, 1)")
 
 def _writable_folder(name: str) -> Path:
     folder = Path(name)
+    if parallel.RANK > 0:  # the first process alone writes
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -124,8 +135,11 @@ def _read(name: str) -> str:
     return text
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """Return the causal language model, still on the CPU, and its tokenizer."""
+def load_model(args: argparse.Namespace, in_4bit: bool = False) -> tuple[nn.Module, Any]:
+    """Return the causal language model, still on the CPU, and its tokenizer.
+
+    `in_4bit` quantises its linear layers to NF4 as QLoRA does, by bitsandbytes.
+    """
     name, source, options = args.model, args.model, {}
     if name == PACKAGED_MODEL:
         # find_spec, because importing the package would need the application it is a plug-in of.
@@ -145,6 +159,8 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     print(f"Loading {name} ...", flush=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=args.dtype, **options)
+        if in_4bit:
+            model = _quantised(model, args.dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         fail(f"argument --model: cannot load {name}: {str(error).splitlines()[0]}", status=2)
@@ -153,6 +169,29 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         fail(f"argument --length: the model takes at most {limit}, got {args.length}", status=2)
     model.name_or_path = name  # PEFT writes it into the adapter's configuration
     return model, tokenizer
+
+
+def _quantised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return `model` with NF4 weights, themselves scaled by quantised numbers (QLoRA)."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    # Through a folder, since transformers quantises while it loads, but no GGUF file.
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=config
+        )
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Else the first evaluation repacks the weight, which then passes no gradient on.
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def add_adapters(model: nn.Module, args: argparse.Namespace, dropout: float = 0.0) -> nn.Module:
@@ -207,18 +246,22 @@ def split(tokenizer: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, batches: Tensor, learning_rate: float, label: str) -> list[float]:
-    """Train what requires grad on batches [steps, batch, length]; return the loss of each."""
+    """Train what requires grad on batches [steps, batch, length]; return the loss of each.
+
+    Every process takes its share of each batch; the loss is that of the whole.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     model.train()
     losses = []
-    progress = tqdm(batches, desc=label, unit="step")
+    shares = parallel.own_share(batches)
+    progress = tqdm(shares, desc=label, unit="step", disable=parallel.RANK > 0)
     for tokens in progress:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(parallel.average(loss))
         progress.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
 

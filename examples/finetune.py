@@ -1,7 +1,8 @@
 """Fine-tune a language model with LoRA twice, by plain PEFT and fused, and compare the two.
 
 Both runs start from the same adapters and see the same batches. Two loss curves in one picture,
-a table and an adapter in PEFT's format are the result; plain PEFT then checks the adapter.
+a table and an adapter in PEFT's format are the result; plain PEFT then checks the adapter. Under
+torchrun every process takes its share of each batch, and the result is the same.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 import common
+import parallel
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -39,37 +42,53 @@ def main() -> None:
         default=0.0,
         help="on the adapters' input; above 0 the runs draw different masks, so losses differ",
     )
+    parser.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="QLoRA: the frozen weights in NF4 (bitsandbytes)",
+    )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="under torchrun: shard the model instead of copying it"
+    )
     args = parser.parse()
+    if args.fsdp and not dist.is_initialized():
+        common.fail("argument --fsdp: start several processes, by torchrun", status=2)
 
-    base, tokenizer = common.load_model(args)
+    base, tokenizer = common.load_model(args, args.load_in_4bit)
     batches, validation = common.split(tokenizer, args)
     pristine = copy.deepcopy(base)  # for the last check
+    if args.load_in_4bit:
+        pristine.dequantize()
     model = common.add_adapters(base, args, args.dropout).to(args.device)
     describe(model, batches, validation, args)
     qualify(model, batches, args)
 
     from lora_kernels import peft
 
+    trained = parallel.wrap(model, args.fsdp)
     prompt = make_prompt(tokenizer, validation)
     before = complete(model, tokenizer, prompt)
     start = trainable_state(model)
-    plain = measure("plain PEFT", model, batches, validation, args)
+    plain = measure("plain PEFT", trained, batches, validation, args)
     restore(model, start)
     report = peft.fuse(model)
     if not report.fused:
         common.fail(f"nothing could be fused:\n{report}")
-    fused = measure("fused", model, batches, validation, args)
+    fused = measure("fused", trained, batches, validation, args)
     after = complete(model, tokenizer, prompt)
-    speeds = compare_speed(model, batches[0])
+    speeds = compare_speed(trained, batches[0])
 
     print(f"\nlora_kernels.peft.fuse:\n{report}\n")
     print(table(plain, fused, speeds, backends(model, report.fused, batches[0]), args))
     print_completions(prompt, before, after)
     picture, adapter = args.out / "losses.png", args.out / "adapter"
-    draw(plain, fused, picture)
-    model.save_pretrained(adapter, save_embedding_layers=False)
-    check_adapter(model, pristine.to(args.device), adapter, validation[:1])
-    print(f"\nLoss curves: {picture}\nAdapter:     {adapter}")
+    state, logits = parallel.trained_state(model), logits_of(model, validation[:1])
+    if parallel.RANK == 0:
+        draw(plain, fused, picture)
+        model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
+        check_adapter(logits, pristine.to(args.device), adapter, validation[:1])
+        print(f"\nLoss curves: {picture}\nAdapter:     {adapter}")
+    parallel.leave()
 
 
 def describe(
@@ -89,7 +108,7 @@ def describe(
 
 def qualify(model: nn.Module, batches: Tensor, args: argparse.Namespace) -> None:
     """On a GPU, let it vouch for the kernels first, on this model's sizes: minutes, once."""
-    if args.device.type != "cuda":
+    if args.device.type != "cuda" or parallel.RANK > 0:  # whose record all use
         return
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "lora_A")]
     shapes = {f"{layer.out_features},{layer.in_features}" for layer in layers}
@@ -152,12 +171,13 @@ def compare_speed(model: nn.Module, tokens: Tensor, rounds: int = 5) -> list[flo
     from lora_kernels import peft
 
     model.train()
+    share = parallel.own_share(tokens[None])[0]
     seconds: dict[Callable[[nn.Module], object], list[float]] = {peft.unfuse: [], peft.fuse: []}
     for _ in range(1 + rounds):
         for switch, times in seconds.items():
             switch(model)
             start = time.perf_counter()
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = model(input_ids=share, labels=share, use_cache=False).loss
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
@@ -242,21 +262,24 @@ def print_completions(prompt: str, before: str, after: str) -> None:
         print(f"\n{label}:", *itertools.chain(*lines), sep="\n    ")
 
 
-def check_adapter(model: nn.Module, pristine: nn.Module, folder: Path, tokens: Tensor) -> None:
-    """Load the saved adapter into the untouched base model by plain PEFT, merge, compare logits.
+@torch.no_grad()
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the logits of `model` in evaluation mode for token ids [batch, length]."""
+    return model.eval()(input_ids=tokens).logits.double()
 
-    The fused model may be at most twice as far from the merged one as unmerged PEFT is:
+
+def check_adapter(fused: Tensor, pristine: nn.Module, folder: Path, tokens: Tensor) -> None:
+    """Load the saved adapter into the untouched base model by plain PEFT, merge, compare `fused`.
+
+    The fused model's logits may be at most twice as far from the merged one's as unmerged PEFT's:
     `max|fused - merged| <= 2 (max|PEFT - merged| + eps max|merged|)`.
     """
     from peft import PeftModel
 
-    @torch.no_grad()
-    def logits(of: nn.Module) -> Tensor:
-        return of.eval()(input_ids=tokens).logits.double()
-
-    fused, base = logits(model), logits(pristine)
+    base = logits_of(pristine, tokens)
     reloaded = PeftModel.from_pretrained(pristine, folder)
-    unmerged, merged = logits(reloaded), logits(reloaded.merge_and_unload())
+    unmerged = logits_of(reloaded, tokens)
+    merged = logits_of(reloaded.merge_and_unload(), tokens)
     error, peft_error = ((x - merged).abs().max() for x in (fused, unmerged))
     allowed = 2 * (peft_error + torch.finfo(pristine.dtype).eps * merged.abs().max())
     print(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import common
+import parallel
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ def main() -> None:
     """Run the four combinations."""
     parser = common.Parser(__doc__, steps=12, out="runs/initialisation")
     args = parser.parse()
+    if parallel.SIZE > 1:
+        common.fail("this example runs in one process", status=2)
     base, tokenizer = common.load_model(args)
     batches, _ = common.split(tokenizer, args)
     batches = batches[:1].expand_as(batches)

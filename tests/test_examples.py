@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,8 +37,8 @@ def model_folder(tmp_path_factory):
     )
     tokenizer.train_from_iterator([TEXT], trainer)
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -106,6 +108,68 @@ def test_finetune(run, model_folder, text_file, tmp_path):
     (moved,) = numbers(stdout, "it moves the logits by up to")
     differ, allowed = numbers(stdout, "fused and merged logits differ by")
     assert differ <= allowed < 1e-3 < 1e-2 < moved
+
+
+@pytest.fixture(scope="session")
+def alone(model_folder, tmp_path_factory):
+    """The text, and the folder of one process that learnt it in SMALL."""
+    out = tmp_path_factory.mktemp("alone")
+    text = out / "text.txt"
+    text.write_text(TEXT)
+    torchrun(1, "--model", model_folder, "--text", text, "--out", out, *SMALL)
+    return text, out
+
+
+def torchrun(processes, *arguments, status=0):
+    """Run the fine-tuning in so many processes; return stdout and stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), EXAMPLES / "finetune.py", *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(options, alone, model_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    text, one = alone
+    arguments = ("--model", model_folder, "--text", text, "--out", tmp_path, *SMALL)
+    stdout, stderr = torchrun(2, *arguments, *options)
+    assert stdout.count("14 of 14 PEFT layers fused") == 1
+    assert stdout.split("LoRA layers computed by")[1].split()[:2] == ["PEFT", "reference"]
+    assert numbers(stdout, "largest difference in loss")[0] < 1e-5
+    for label in ("plain PEFT", "fused"):  # one progress bar each
+        assert len(re.findall(rf"{label} *: 100%[^\r\n]*\n", stderr)) == 1
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    expected = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+    assert files == expected - {text.relative_to(one)}
+    states = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, tmp_path)]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_named_once(model_folder, tmp_path):
+    _, stderr = torchrun(2, "--out", tmp_path, "--batch", "3", status=2)
+    (message,) = (line for line in stderr.splitlines() if line.startswith("finetune.py: error"))
+    assert message.endswith("argument --batch: must be a multiple of the 2 processes, got 3")
+
+
+def test_finetune_over_4bit_weights(run, model_folder, text_file, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    status, stdout, stderr = run("finetune", *arguments, "--load-in-4bit")
+    assert status == 0, stderr
+    assert "14 of 14 PEFT layers fused" in stdout
+    assert numbers(stdout, "largest difference in loss")[0] < 1e-5
+    differ, allowed = numbers(stdout, "fused and merged logits differ by")
+    assert differ <= allowed < 1e-3
 
 
 def test_finetune_fails_where_the_saved_adapter_is_not_the_trained_one(
@@ -223,6 +287,7 @@ def test_help_names_every_option(run, example):
         (["--model", "MODEL", "--targets", "q_proj,z_proj"], "the model has no layer 'z_proj'"),
         (["--model", "MODEL", "--targets", "input_layernorm"], "argument --targets: "),
         (["--model", "MODEL", "--length", "999"], "argument --length: "),
+        (["--fsdp"], "argument --fsdp: start several processes, by torchrun"),
     ],
 )
 def test_mistakes_are_named_in_one_line(run, arguments, message, model_folder, tmp_path):

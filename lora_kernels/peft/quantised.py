@@ -37,7 +37,7 @@ class FusedLinear4bit(Fused, Linear4bit):
         if tuple(state.shape) != (base.out_features, base.in_features):
             return f"base weight was quantised as {tuple(state.shape)}"
         if getattr(state, "packing_format_for_cpu", False):
-            return "base weight is repacked for inference on this CPU"
+            return "base weight is repacked for inference on this CPU, which passes no gradient"
         if x is not None and not layer.training and not torch.is_grad_enabled():
             return "in inference bitsandbytes may multiply by the 4-bit weight itself"
         if x is not None and x.is_cuda and x.numel() <= _FEW_ROWS * base.in_features:

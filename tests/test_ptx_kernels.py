@@ -80,8 +80,8 @@ def study_faults(on: On, direction: str, *cases: Case) -> dict[str, list[bool]]:
         assert dirty_words() == 0, "the workspace is not zero again"
 
     def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
-        (site,) = (i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i])
-        for case in (case for case, executed in covered if site in executed):
+        sites = {i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i]}
+        for case in (case for case, executed in covered if sites & executed):
             for seed in range(4):
                 machine = Machine(
                     seed=seed,

@@ -8,13 +8,29 @@ from ptx_machine.launch import Wrong
 from ptx_machine.parse import Kernel, Operand, Statement
 
 Change = dict[str, Any]
+_ARITHMETIC = re.compile(r"(mov|add|sub|mul|mad|and|or|xor|not|shl|shr|setp|selp|cvt|bra)\b")
 
 
 class Fault(NamedTuple):
-    """A kind of fault: what it does to a statement, or None where it does not apply."""
+    """A kind of fault: what it does to a statement, or None where it does not apply.
+
+    A `joint` one strikes neighbours together: of waits side by side each may stand for the others.
+    """
 
     name: str
     change: Callable[[Statement], Change | None]
+    joint: bool = False
+
+    def places(self, kernel: Kernel, executed: set[int]) -> list[list[int]]:
+        """Return the executed statements that it applies to, neighbours in one place."""
+        places: list[list[int]] = []
+        for site in self.sites(kernel, executed):
+            between = kernel.statements[places[-1][-1] + 1 : site] if places else ()
+            if self.joint and places and all(_ARITHMETIC.match(s.opcode) for s in between):
+                places[-1].append(site)
+            else:
+                places.append([site])
+        return places
 
     def sites(self, kernel: Kernel, executed: set[int]) -> list[int]:
         """Return the executed statements that it applies to."""
@@ -111,6 +127,24 @@ def _wait(parity: int | None) -> Callable[[Statement], Change | None]:
     return change
 
 
+def _operand(pattern: str, operand: int, value: int) -> Callable[[Statement], Change | None]:
+    """Put an immediate in place of an operand of the opcodes that `pattern` finds."""
+
+    def change(statement: Statement) -> Change | None:
+        if not re.search(pattern, statement.opcode):
+            return None
+        return {"operands": _with(statement, operand, _immediate(value))}
+
+    return change
+
+
+def _kept_local(statement: Statement) -> Change | None:
+    """Let an address in another CTA be the one in the own."""
+    if not statement.opcode.startswith("mapa."):
+        return None
+    return {"opcode": "mov.b32", "operands": statement.operands[:2]}
+
+
 def _shifted_descriptor(bit: int) -> Callable[[Statement], Change | None]:
     """Add one at `bit` to the constant part of a wgmma descriptor, wherever it is joined."""
 
@@ -153,10 +187,17 @@ FAULTS = (
     Fault("the leading offset is 16 bytes off", _shifted_descriptor(16)),
     Fault("the stride offset is 16 bytes off", _shifted_descriptor(32)),
     Fault("a descriptor takes the rank in its address", _number(r"^and\.b(32|64)$", 2, _unmasked)),
-    Fault("the phase waited for never flips", _wait(0)),
-    Fault("an mbarrier is not waited for", _wait(None)),
+    Fault("the phase waited for never flips", _wait(0), joint=True),
+    Fault("an mbarrier is not waited for", _wait(None), joint=True),
     Fault("half of the bytes are expected", _number(r"expect_tx", 2, lambda n: n // 2)),
     Fault("an arrival is removed", _removed(r"mbarrier\.arrive(?!\.expect).*")),
+    Fault(
+        "an arrival is relaxed",
+        _renamed(r"^mbarrier\.arrive(\.release\.\w+)?(?=\.shared)", "mbarrier.arrive.relaxed.cta"),
+    ),
+    Fault("the peer's mbarrier is taken for the own", _kept_local),
+    Fault("a box for several CTAs goes to one", _operand(r"^cp\.async.*\.multicast", 3, 1)),
+    Fault("nobody is told of an mbarrier's init", _removed(r"fence\.mbarrier_init.*")),
     Fault(
         "a remote release is for the own CTA",
         _renamed(r"arrive\.release\.cluster", "arrive.release.cta"),
@@ -202,11 +243,11 @@ def study(
     they are tried until one does.
     """
     for fault in faults:
-        found = fault.sites(kernel, executed)
+        found = fault.places(kernel, executed)
         count = min(sites, len(found))
         for i in range(count):
-            site = found[i * (len(found) - 1) // max(count - 1, 1)]
-            yield planted(kernel, fault, [site], attempts)
+            place = found[i * (len(found) - 1) // max(count - 1, 1)]
+            yield planted(kernel, fault, place, attempts)
 
 
 def planted(kernel: Kernel, fault: Fault, sites: list[int], attempts: Attempts) -> Planted:

@@ -28,6 +28,7 @@ void Machine::leave_barriers(Cta& cta) {
 }
 
 MBarrier& Machine::mbarrier(Warp& warp, Cta& cta, u32 address) {
+  if (cta.live == 0) fail(warp, "the mbarrier of a CTA that has left");
   const auto found = cta.mbarriers.find(address & kOffset);
   if (found == cta.mbarriers.end() || !found->second.live) {
     fail(warp, "no mbarrier at shared address " + std::to_string(address & kOffset));
@@ -105,6 +106,9 @@ void cluster_arrive(Machine& m, Warp& w, const Instruction& i, Mask) {
   if (i.number[0]) {
     m.commit_known(w, w.known);
     cluster.coming.join(w.known);
+  } else {  // it tells what fences have announced
+    if (w.announces) cluster.coming.join(w.announced);
+    cluster.coming.happened.raise(w.agent(kInit), w.inits_announced);
   }
   m.tick(w);
   if (++cluster.arrived < cluster.size) return;
@@ -143,7 +147,18 @@ void decode_cluster(Decoder& d) {
 // --- mbarriers
 // -----------------------------------------------------------------------------------------
 
-enum Number { kOffsetNumber, kClusterSpace, kClusterScope, kRelaxed, kExpects, kArrives };
+enum Number {
+  kOffsetNumber,
+  kClusterSpace,
+  kClusterScope,
+  kRelaxed,
+  kExpects,
+  kArrives,
+  kByParity,
+};
+
+// What an arrival returns for those who wait by it: the phase, in a form that nothing else has.
+constexpr u64 kState = u64{0xA221} << 48;
 
 u32 address_of(const Warp& w, const Instruction& i, int lane) {
   return static_cast<u32>(w.value(i.in[0], lane) + static_cast<u64>(i.number[kOffsetNumber]));
@@ -154,6 +169,7 @@ void touch(Machine& m, Warp& w, Cta& cta, u32 address) {
   Access access{w.agent(kRead), w.time, w.pc(), false};
   access.strength = Strength::kAtomic;
   m.touch_shared(cta, address, 8, access, w.known);
+  m.visit(w, cta, access);
 }
 
 void init(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
@@ -162,7 +178,7 @@ void init(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     const u32 address = address_of(w, i, l);
     Cta& cta = m.owner(w, address, false);
     m.shared(w, cta, address, 8);
-    m.touch_shared(cta, address, 8, {w.agent(kWrite), w.time, w.pc(), true}, w.known);
+    m.touch_shared(cta, address, 8, {w.agent(kInit), w.time, w.pc(), true}, w.known);
     const auto [found, fresh] = cta.mbarriers.try_emplace(address & kOffset);
     MBarrier& barrier = found->second;
     if (fresh) barrier.agent = m.new_agent();
@@ -225,6 +241,7 @@ void arrive(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
         }
       }
     }
+    if (!i.out.empty()) w.set(i.out[0], l, kState | barrier.phase);
     barrier.pending -= static_cast<u32>(count);
     m.complete_if_done(barrier);
   }
@@ -239,8 +256,11 @@ void try_wait(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     Cta& cta = m.owner(w, address, false);
     MBarrier& barrier = m.mbarrier(w, cta, address);
     touch(m, w, cta, address);
-    const u32 parity = static_cast<u32>(w.value(i.in[1], l)) & 1;
-    if ((barrier.phase & 1) == parity) {
+    const u64 awaited = w.value(i.in[1], l);
+    if (!i.number[kByParity] && awaited >> 32 != kState >> 32)
+      m.fail(w, "a wait for what is no state of an mbarrier");
+    const u32 phase = static_cast<u32>(awaited), parity = phase & 1;
+    if (i.number[kByParity] ? (barrier.phase & 1) == parity : barrier.phase == phase) {
       if (w.state == Warp::kReady) {
         m.sleep(w, barrier.waiting,
                 "the end of a phase of parity " + std::to_string(parity) + " of the mbarrier at " +
@@ -271,18 +291,19 @@ void decode_mbarrier(Decoder& d) {
   int at = 0;
   if (kind == 2) {
     if (d.operands() > 1 && !d.operand(0).address) {
-      if (d.operand(0).parts[0].kind != '_')
-        throw Failure("the state of an arrival is not modelled");
       at = 1;
+      if (d.operand(0).parts[0].kind != '_') {
+        if (space == 1) throw Failure("an arrival at another CTA returns no state");
+        d.out(0, 8);
+      }
     }
   } else if (kind >= 4) {
-    if (!by_parity) throw Failure("a wait for a state is not modelled");
     at = 1;
     d.out_predicate(0);
   }
-  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta,
-                   order == 2,       expects,    kind == 2};
-  if (d.operands() > at + 1) d.in(at + 1, 4);
+  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta, order == 2,
+                   expects,          kind == 2,  by_parity};
+  if (d.operands() > at + 1) d.in(at + 1, kind >= 4 && !by_parity ? 8 : 4);
   if (d.operands() > at + 2 && kind < 4) throw Failure("too many operands");
   static constexpr Handler kRuns[] = {init, invalidate, arrive, arrive, try_wait, try_wait};
   d.made.run = kRuns[kind];

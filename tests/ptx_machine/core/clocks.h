@@ -13,8 +13,8 @@
 
 namespace ptx {
 
-// The kinds of access of a warp, each an agent of its own.
-enum Kind { kRead, kWrite, kCopy, kProduct, kBulkRead, kBulkWrite, kKinds };
+// The kinds of access of a warp, each an agent of its own; kInit is mbarrier.init's write.
+enum Kind { kRead, kWrite, kInit, kCopy, kProduct, kBulkRead, kBulkWrite, kKinds };
 
 class Clock {
  public:

@@ -95,9 +95,9 @@ void decode_vote(Decoder& d) {
   d.made.run = vote;
 }
 
-// The registers of a CTA are a pool: what one warpgroup gives up another may claim.
+// The registers of a CTA are a pool: what one warpgroup gives up another may claim, no more.
 void set_registers(Machine& m, Warp& w, const Instruction& i, Mask) {
-  const int wanted = static_cast<int>(i.number[1]), more = (wanted - w.registers) * 32;
+  const int wanted = i.registers, more = (wanted - w.registers) * 32;
   if (wanted % 8 != 0 || wanted < 24 || wanted > 256)
     m.fail(w, "setmaxnreg of a count that is not allowed");
   if (i.number[0] ? more < 0 : more > 0) m.fail(w, "setmaxnreg in the wrong direction");
@@ -115,7 +115,8 @@ void set_registers(Machine& m, Warp& w, const Instruction& i, Mask) {
 void decode_set_registers(Decoder& d) {
   const int kind = d.modifiers.take_one({"dec", "inc"});
   for (const char* name : {"sync", "aligned", "u32"}) d.modifiers.take_one({name});
-  d.made.number = {kind, d.immediate(0)};
+  d.made.number = {kind};
+  d.made.registers = static_cast<int>(d.immediate(0));
   d.made.gathers = true;
   d.made.flow = Flow::kSwitch;
   d.made.run = set_registers;

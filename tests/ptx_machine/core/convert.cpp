@@ -200,6 +200,25 @@ void parameter_address(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   w.write(i.out[0], result, lanes);
 }
 
+// Shared memory is a window of the generic addresses; one in it keeps its CTA's rank.
+void shared_to_generic(Machine&, Warp& w, const Instruction& i, Mask lanes) {
+  u64 result[kLanes];
+  const u64* from = w.lanes<u64>(i.in[0]);
+  for (int l = 0; l < kLanes; ++l) result[l] = from[l] + kSharedWindow;
+  w.write(i.out[0], result, lanes);
+}
+
+void generic_to_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
+  u64 result[kLanes];
+  const u64* from = w.lanes<u64>(i.in[0]);
+  for (int l = 0; l < kLanes; ++l) {
+    result[l] = from[l] - kSharedWindow;
+    if ((lanes >> l & 1) && result[l] >> 32 != 0)
+      m.fail(w, "a generic address outside of shared memory");
+  }
+  w.write(i.out[0], result, lanes);
+}
+
 }  // namespace
 
 void add_conversions(Table& table) {
@@ -210,6 +229,16 @@ void add_conversions(Table& table) {
     table.add(name, [](Decoder& d) {
       d.out(0, 8), d.in(1, 8);
       d.made.run = move<u64>;
+    });
+  }
+  for (const std::string space : {"shared", "shared::cta", "shared::cluster"}) {
+    table.add("cvta." + space + ".u64", [](Decoder& d) {
+      d.out(0, 8), d.in(1, 8);
+      d.made.run = shared_to_generic;
+    });
+    table.add("cvta.to." + space + ".u64", [](Decoder& d) {
+      d.out(0, 8), d.in(1, 8);
+      d.made.run = generic_to_shared;
     });
   }
   table.add("cvta.param.u64", [](Decoder& d) {

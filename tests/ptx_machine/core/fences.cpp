@@ -54,6 +54,11 @@ void proxy_fence(Machine& m, Warp& w, const Instruction& i, Mask) {
   m.tick(w);
 }
 
+void init_fence(Machine& m, Warp& w, const Instruction&, Mask) {
+  w.inits_announced = w.time;
+  m.tick(w);
+}
+
 void decode_fence(Decoder& d) {
   d.made.flow = Flow::kSwitch;
   if (d.modifiers.take("proxy")) {
@@ -71,8 +76,7 @@ void decode_fence(Decoder& d) {
   } else if (d.modifiers.take("mbarrier_init")) {
     d.modifiers.take_one({"release"});
     d.modifiers.take_one({"cluster"});
-    d.made.number = {true, false};
-    d.made.run = proxy_fence;
+    d.made.run = init_fence;
   } else {
     d.modifiers.take_any({"acq_rel", "sc", "acquire", "release"}, 0);
     d.made.number = {static_cast<s64>(take_scope(d.modifiers, Scope::kGpu))};

@@ -26,6 +26,10 @@ Machine::Machine(const Program& program, const Launch& launch, std::vector<Alloc
     throw Failure("the grid is no multiple of the cluster");
   clusters_total_ = ctas / launch.cluster;
   agents_ = ctas * ((launch.threads + 31) / 32) * kKinds;
+  registers_ = static_cast<int>(65536 / launch.threads) / 8 * 8;
+  int most = 0;
+  for (const Instruction& instruction : program.code) most = std::max(most, instruction.registers);
+  if (most > 0) registers_ = std::min(registers_, most);
   static constexpr u32 kQuanta[] = {1, 6, 40};
   quantum_ = kQuanta[random(3)];
   laziness_ = random(3);
@@ -52,11 +56,9 @@ void Machine::start_cluster() {
     cta->cells.resize(launch.shared_bytes / kCell + 2);
     cta->warps.resize(warps);
     cta->live = static_cast<int>(warps);
-    const int each = std::min(static_cast<int>(65536 / launch.threads) / 8 * 8, 255);
-    cta->registers_free = 65536 - each * static_cast<int>(launch.threads);
     for (u32 i = 0; i < warps; ++i) {
       cta->warps[i].cta = cta.get();
-      cta->warps[i].registers = each;
+      cta->warps[i].registers = registers_;
       start(*cta, cta->warps[i], i);
     }
     cluster->ctas.push_back(std::move(cta));
@@ -73,8 +75,7 @@ void Machine::start(Cta& cta, Warp& warp, u32 index) {
   const u32 threads = std::min(32u, launch.threads - 32 * index);
   warp.alive = threads == 32 ? kAll : (1u << threads) - 1;
   warp.fragments = {{0, warp.alive}};
-  warp.known.happened.raise(warp.agent(kRead), warp.time);
-  warp.known.happened.raise(warp.agent(kWrite), warp.time);
+  warp.know_itself();
   for (const Slot slot : program.shared_addresses) {
     for (int lane = 0; lane < kLanes; ++lane) {
       warp.set(slot, lane, warp.value(slot, lane) + (u64{cta.rank} << kRankShift));
@@ -143,12 +144,18 @@ void Machine::finish(Warp& warp) {
     if (!store.read) says("a warp left while a TMA store still reads shared memory");
     advance(warp, store, true);
   }
+  cta.left.join(warp.known.happened);
   warp.state = Warp::kGone;
   warp.file = {};
   warp.stores.clear();
   progress();
   leave_barriers(cta);
   if (--cta.live > 0) return;  // and what it has stored may still be on its way
+  for (const auto& [agent, visit] : cta.visits) {
+    if (cta.left[agent] >= visit.time) continue;
+    races.found.insert("a CTA left that did not wait for the " +
+                       races.describe(agent, visit.write, visit.pc));
+  }
   Cluster& cluster = *cta.cluster;
   if (--cluster.live > 0) return;
   --active_;

@@ -37,6 +37,7 @@ struct Counts {
 constexpr u32 kSharedBase = 1024;  // what the system keeps of shared memory
 constexpr u32 kRankShift = 24;     // where a shared address holds the rank of its CTA
 constexpr u32 kOffset = (1u << kRankShift) - 1;
+constexpr u64 kSharedWindow = u64{1} << 56;  // where generic addresses of shared memory begin
 
 class Machine {
  public:
@@ -72,6 +73,7 @@ class Machine {
   u8* shared(Warp& warp, Cta& cta, u32 address, u32 bytes);
   u8* shared_raw(Cta& cta, u32 address, u32 bytes, u32 pc);
   void touch_shared(Cta& cta, u32 address, u64 bytes, const Access& access, const Knowledge& known);
+  void visit(const Warp& warp, Cta& cta, const Access& access);  // `cta` may be another's
   void count_banks(Warp& warp, Mask lanes, const u32* addresses, u32 bytes);
 
   // --- Global memory (global.cpp) ---
@@ -129,6 +131,9 @@ class Machine {
   std::mt19937 generator_;
   u32 clusters_total_ = 0, active_ = 0, agents_ = 0;
   u32 quantum_ = 6, laziness_ = 0;
+  // Per thread at the start: as many as fit, but no more than setmaxnreg ever asks for. The CTA's
+  // pool is what it starts with.
+  int registers_ = 0;
   u64 now_ = 0, news_ = 1, last_progress_ = 0, last_rouse_ = ~u64{0};
   std::vector<Warp*> pollers_;
 };

@@ -52,7 +52,9 @@ void load_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
         static_cast<u32>(w.value(i.in[0], l) + static_cast<u64>(i.number[kOffsetNumber]));
     Cta& cta = m.owner(w, addresses[l], i.number[kCluster]);
     const u8* from = m.shared(w, cta, addresses[l], all);
-    m.touch_shared(cta, addresses[l], all, {w.agent(kRead), w.time, w.pc(), false}, w.known);
+    const Access access{w.agent(kRead), w.time, w.pc(), false};
+    m.touch_shared(cta, addresses[l], all, access, w.known);
+    m.visit(w, cta, access);
     put<kSigned>(w, i, l, from, bytes);
   }
   m.count_banks(w, lanes, addresses, all);
@@ -73,6 +75,7 @@ void store_shared(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     Access access{w.agent(kWrite), w.time, w.pc(), true};
     access.rewrites = std::memcmp(to, data, all) == 0;
     m.touch_shared(cta, addresses[l], all, access, w.known);
+    m.visit(w, cta, access);
     std::memcpy(to, data, all);
   }
   m.count_banks(w, lanes, addresses, all);

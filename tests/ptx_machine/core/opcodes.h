@@ -6,6 +6,8 @@
 namespace ptx {
 
 void add_arithmetic(Table& table);   // alu.cpp
+void add_bits(Table& table);         // bits.cpp
+void add_predicates(Table& table);   // predicates.cpp
 void add_conversions(Table& table);  // convert.cpp
 void add_control(Table& table);      // control.cpp
 void add_memory(Table& table);       // memory.cpp

@@ -168,6 +168,8 @@ void Layout::finish(Program& program) const {
 
 Table::Table() {
   add_arithmetic(*this);
+  add_bits(*this);
+  add_predicates(*this);
   add_conversions(*this);
   add_control(*this);
   add_memory(*this);

@@ -1,8 +1,8 @@
 // A program as the machine runs it, and how a statement becomes an instruction.
 //
 // `Table` holds every opcode. Arithmetic is listed by its full name ("add.s32"), one line each in
-// alu.cpp and convert.cpp. An opcode with many modifiers is a family: a function that takes the
-// modifiers it knows; one that is left over is an error.
+// alu.cpp, bits.cpp and predicates.cpp. An opcode with many modifiers is a family: a function that
+// takes the modifiers it knows; one that is left over is an error.
 #pragma once
 
 #include <array>
@@ -45,6 +45,7 @@ struct Instruction {
   bool gathers = false;  // every live lane of the warp must be here; of in.back() if `some`
   bool some = false;
   Flow flow = Flow::kNext;
+  int registers = 0;  // that setmaxnreg asks for
   std::vector<Slot> out, in;
   std::array<s64, 8> number{};  // what the family needs: offsets, counts, flags
 };

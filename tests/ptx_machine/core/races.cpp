@@ -82,7 +82,7 @@ const char* Races::clash(const Record& record, const Access& access, Space space
 
 std::string Races::describe(u32 agent, bool write, u32 pc) const {
   static const char* const kNames[] = {
-      "", "", "cp.async ", "product's ", "TMA store's ", "TMA store's "};
+      "", "", "mbarrier.init's ", "cp.async ", "product's ", "TMA store's ", "TMA store's "};
   const std::string where = " at line " + std::to_string(lines[pc]);
   if (is_barrier(agent)) return "TMA load's write" + where;
   return std::string(kNames[agent % kKinds]) + (write ? "write" : "read") + where;

@@ -44,6 +44,8 @@ class Races {
              const Knowledge& known);
 
   bool is_barrier(u32 agent) const { return agent >= warp_agents_; }
+  // An access in words.
+  std::string describe(u32 agent, bool write, u32 pc) const;
   bool enabled = true;
   std::vector<int> lines;       // of each instruction
   std::set<std::string> found;  // what went wrong, in words
@@ -53,10 +55,9 @@ class Races {
   // What is wrong with the pair, or null.
   const char* clash(const Record& record, const Access& access, Space space,
                     const Knowledge& known) const;
-  std::string describe(u32 agent, bool write, u32 pc) const;
   u32 warp(u32 agent) const { return agent / kKinds; }
   bool is_generic(u32 agent) const {
-    return !is_barrier(agent) && (agent % kKinds == kRead || agent % kKinds == kWrite);
+    return !is_barrier(agent) && agent % kKinds <= kInit;
   }
   bool is_async(u32 agent) const { return is_barrier(agent) || agent % kKinds >= kProduct; }
 

@@ -39,8 +39,7 @@ void Machine::dead_end() {
 
 void Machine::tick(Warp& warp) {
   ++warp.time;
-  warp.known.happened.raise(warp.agent(kRead), warp.time);
-  warp.known.happened.raise(warp.agent(kWrite), warp.time);
+  warp.know_itself();
 }
 
 u32 Machine::new_agent() {

@@ -34,6 +34,11 @@ void Machine::touch_shared(Cta& cta, u32 address, u64 bytes, const Access& acces
   races.touch(cta.cells, (address & kOffset) - kSharedBase, bytes, kShared, access, known);
 }
 
+void Machine::visit(const Warp& warp, Cta& cta, const Access& access) {
+  if (&cta == warp.cta && !races.is_barrier(access.agent)) return;
+  cta.visits[access.agent] = {access.time, access.pc, access.write};
+}
+
 // A wavefront serves 32 banks of 4 bytes, each with one word: of 32, 16 or 8 lanes at a time.
 void Machine::count_banks(Warp& warp, Mask lanes, const u32* addresses, u32 bytes) {
   const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;

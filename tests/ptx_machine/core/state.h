@@ -77,6 +77,7 @@ struct Warp {
   Knowledge announced;  // as of the last fence: what a relaxed store or atomic tells others
   Knowledge heard;      // of relaxed loads: known after the next fence
   bool announces = false;
+  u32 inits_announced = 0;  // the time of the last fence.mbarrier_init
 
   std::deque<Copy> copies;
   u32 copy_groups = 0;
@@ -92,6 +93,9 @@ struct Warp {
   int registers = 0;  // per thread, as setmaxnreg has left them
 
   u32 agent(Kind kind) const { return id * kKinds + kind; }
+  void know_itself() {
+    for (const Kind kind : {kRead, kWrite, kInit}) known.happened.raise(agent(kind), time);
+  }
   template <class T>
   T* lanes(Slot slot) {
     return reinterpret_cast<T*>(&file[slot.at]);
@@ -164,7 +168,14 @@ struct Cta {
   std::map<u32, MBarrier> mbarriers;
   std::map<u64, Pending> pending;  // by address / 16
   int live = 0;                    // warps
-  int registers_free = 0;
+  int registers_free = 0;          // given up
+  // Accesses of other CTAs and of TMA, the last of each agent: they must end before the CTA does.
+  struct Visit {
+    u32 time, pc;
+    bool write;
+  };
+  std::map<u32, Visit> visits;
+  Clock left;  // what the warps that have left had known
 };
 
 struct Cluster {

@@ -108,8 +108,6 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     for (u32 target = 0; target < cluster.ctas.size(); ++target) {
       if (!(targets >> target & 1)) continue;
       Cta& cta = *cluster.ctas[target];
-      if (cta.live != static_cast<int>(cta.warps.size()))
-        m.report(w, "a TMA load to a CTA that has begun to leave");
       MBarrier& barrier = m.mbarrier(w, cta, bar);
       // Its init need not be fenced from the async proxy: compilers' code does without.
       const Access use{w.agent(kRead), w.time, w.pc(), false, false, Strength::kAtomic};
@@ -117,6 +115,7 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
       const Access write{barrier.agent, barrier.completed + 1, w.pc(), true, true};
       m.shared_raw(cta, to, box_bytes(map), w.pc());
       m.touch_shared(cta, to, box_bytes(map), write, w.known);
+      m.visit(w, cta, write);
       const u32 pc = w.pc(), offset = to & kOffset;
       m.later([&m, &cta, map, at, offset, bar, pc] {
         land(m, cta, map, at, offset, bar & kOffset, pc);
@@ -128,10 +127,24 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
 // --- Stores
 // ---------------------------------------------------------------------------------------
 
+// Lanes that store the same box write the same bytes: a warp's store need not elect a lane, and
+// hardware runs it once.
+bool is_repeated(const Warp& w, const Instruction& i, Mask lanes, int lane) {
+  for (int other = 0; other < lane; ++other) {
+    if (!(lanes >> other & 1)) continue;
+    if (std::all_of(i.in.begin(), i.in.end(), [&](const Slot& slot) {
+          return w.value(slot, lane) == w.value(slot, other);
+        })) {
+      return true;
+    }
+  }
+  return false;
+}
+
 void store(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   const size_t rank = static_cast<size_t>(i.number[kRank]);
   for (int l = 0; l < kLanes; ++l) {
-    if (!(lanes >> l & 1)) continue;
+    if (!(lanes >> l & 1) || is_repeated(w, i, lanes, l)) continue;
     BulkStore made{map_at(m, w, w.value(i.in[0], l)),
                    {},
                    static_cast<u32>(w.value(i.in[1], l) + static_cast<u64>(i.number[2])),
@@ -182,6 +195,7 @@ void decode_tensor(Decoder& d) {
   const bool stores = modifiers.left[0] == "global";
   if (stores) {
     for (const char* name : {"global", "shared::cta", "bulk_group"}) modifiers.take_one({name});
+    modifiers.take_cache_hints();
     d.made.number = {0, rank};
     d.address(0, 8);
     d.made.number[2] = d.address(1, 4);

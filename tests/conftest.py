@@ -1,7 +1,6 @@
 """Shared by every test: one hypothesis profile, the gpu marker and the devices there are."""
 
 import os
-
 from pathlib import Path
 
 import hypothesis

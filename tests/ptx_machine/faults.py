@@ -138,6 +138,49 @@ def _operand(pattern: str, operand: int, value: int) -> Callable[[Statement], Ch
     return change
 
 
+def _unmasked_access(statement: Statement) -> Change | None:
+    """Let lanes take part that are masked off: those beyond an edge."""
+    if statement.guard < 0 or not re.match(r"(ld|st)\.global\.(?!gpu)", statement.opcode):
+        return None
+    return {"guard": -1, "negated": False}
+
+
+def _unmasked_copy(statement: Statement) -> Change | None:
+    """Let cp.async copy beyond an edge instead of filling with zeros."""
+    if not re.match(r"cp\.async\.c[ag]\.", statement.opcode) or len(statement.operands) < 4:
+        return None
+    return {"operands": statement.operands[:3]}
+
+
+def _moved(pattern: str) -> Callable[[Statement], Change | None]:
+    """Let an operation on two operands return the first."""
+
+    def change(statement: Statement) -> Change | None:
+        match = re.fullmatch(pattern, statement.opcode)
+        if match is None or statement.operands[1][0][0][0] != "r":
+            return None
+        return {"opcode": f"mov.{match[1]}", "operands": statement.operands[:2]}
+
+    return change
+
+
+def _long_step(statement: Statement) -> Change | None:
+    """Let a loop's counter skip every second step."""
+    if statement.opcode != "add.s32" or statement.operands[0] != statement.operands[1]:
+        return None
+    kind, value, _ = statement.operands[2][0][0]
+    if kind != "i" or value <= 1:
+        return None
+    return {"operands": _with(statement, 2, _immediate(2 * value))}
+
+
+def _known_flag(statement: Statement) -> Change | None:
+    """Let a load of a flag find it raised."""
+    if not statement.opcode.startswith("ld.global.gpu.acquire."):
+        return None
+    return {"opcode": "mov.b32", "operands": (statement.operands[0], _immediate(1 << 20))}
+
+
 def _kept_local(statement: Statement) -> Change | None:
     """Let an address in another CTA be the one in the own."""
     if not statement.opcode.startswith("mapa."):
@@ -165,6 +208,7 @@ def _unmasked(mask: int) -> int:
     return mask | ~0x3FFFF if 0x3C000 <= mask <= 0x3FFFF else mask
 
 
+# Faults in how data moves and who waits for it.
 FAULTS = (
     Fault("a barrier of the CTA is removed", _removed(r"bar(rier)?(\.cta)?\.sync(\.aligned)?")),
     Fault("a barrier of the cluster is removed", _removed(r"barrier\.cluster\..*")),
@@ -212,6 +256,23 @@ FAULTS = (
     ),
     Fault("a store is removed", _removed(r"st\.global\..*")),
     Fault("an addition is removed", _removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
+    Fault("a group of cp.async is never closed", _removed(r"cp\.async\.commit_group")),
+    Fault("a flag is not waited for", _known_flag),
+    Fault(
+        "a release is for the own CTA",
+        _renamed(r"^((?:red|atom)\.global)\.gpu(?=\.(release|acq_rel))", r"\1.cta"),
+    ),
+)
+# Faults in what is computed and where, of which every program has plenty of places.
+COMPUTED = (
+    Fault("an access beyond the edge is not masked", _unmasked_access),
+    Fault("a copy beyond the edge is not masked", _unmasked_copy),
+    Fault("a factor is left out", _moved(r"mul\.(f32)")),
+    Fault("a swizzle is left out", _moved(r"xor\.(b32)")),
+    Fault("what is dropped out is kept", _moved(r"selp\.(b16|f32)")),
+    Fault("a product is left out", _removed(r"mma\.sync\..*")),
+    Fault("a loop skips every second step", _long_step),
+    Fault("the random bits are others", _number(r"^mul\.hi\.u32", 2, lambda n: n + (1 << 28))),
 )
 
 

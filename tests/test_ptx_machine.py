@@ -136,6 +136,11 @@ def test_floats(code: str, kind: str, expected: float) -> None:
         ("cvt.s32.s8 %r5, 200;", -56),
         ("shfl.sync.bfly.b32 %r5, 7, 1, 31, -1;", 7),
         ("elect.sync %r5|%p1, -1;", 0),
+        (
+            "mov.b64 %d3, window; cvta.shared.u64 %d4, %d3; cvta.to.shared::cluster.u64 %d5, %d4;"
+            "cvt.u32.u64 %r5, %d5;",
+            1024,
+        ),
     ],
 )
 def test_bits_and_lanes(code: str, expected: int | None) -> None:
@@ -355,6 +360,84 @@ def test_a_cluster_reaches_into_each_others_shared_memory(order: str) -> None:
     assert bool(run.reports) is (order == ".relaxed")
 
 
+INIT = """
+    mov.u32 %r1, window;
+    mov.u32 %r0, %cluster_ctarank;
+    mbarrier.init.shared.b64 [%r1], 1;
+    {fence}
+    barrier.cluster.arrive{order}.aligned;
+    barrier.cluster.wait.aligned;
+    xor.b32 %r2, %r0, 1;
+    mapa.shared::cluster.u32 %r3, %r1, %r2;
+    mbarrier.arrive.shared::cluster.b64 _, [%r3];
+    {wait}
+"""
+INIT_FENCE = "fence.mbarrier_init.release.cluster;"
+OWN_PHASE = """again:
+    mbarrier.try_wait.parity.shared.b64 %p0, [%r1], 0;
+    @!%p0 bra again;"""
+
+
+def cluster_of_two(body: str, seed: int = 0) -> Run:
+    return launch(body, ctas=2, threads=1, cluster=2, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("fence", "order", "told"),
+    [(INIT_FENCE, ".relaxed", True), ("", ".release", True), ("", ".relaxed", False)],
+)
+def test_the_cluster_is_told_of_an_mbarriers_init(fence: str, order: str, told: bool) -> None:
+    for seed in range(4):
+        run = cluster_of_two(INIT.format(fence=fence, order=order, wait=OWN_PHASE), seed)
+        assert bool(run.failure or run.reports) is not told, run.reports
+
+
+def test_the_fence_of_an_mbarriers_init_tells_of_nothing_else() -> None:
+    body = CLUSTER.replace("barrier.cluster.arrive", INIT_FENCE + "barrier.cluster.arrive", 1)
+    out = torch.zeros(2, dtype=torch.int32)
+    run = launch(body.format(order=".relaxed"), out, ctas=2, threads=1, cluster=2)
+    assert any("race in shared memory" in report for report in run.reports)
+
+
+def test_a_cta_may_leave_only_when_others_have_done_with_it() -> None:
+    for seed in range(8):
+        run = cluster_of_two(INIT.format(fence="", order=".release", wait=""), seed)
+        assert run.failure or any("a CTA left that did not wait" in r for r in run.reports)
+
+
+def test_an_arrival_returns_what_can_be_waited_for() -> None:
+    body = """
+    mbarrier.init.shared::cta.b64 [window], 1;
+    mbarrier.arrive.shared::cta.b64 %d1, [window];
+again:
+    mbarrier.try_wait.shared::cta.b64 %p0, [window], {state};
+    @!%p0 bra again;
+    """
+    launch(body.format(state="%d1"), threads=1).check()
+    assert "no state of an mbarrier" in launch(body.format(state="0"), threads=1).failure
+
+
+REGISTERS = """
+    mov.u32 %r0, %tid.x;
+    setp.ge.u32 %p0, %r0, 128;
+    @%p0 bra others;
+    {given}
+    bra end;
+others:
+    setmaxnreg.inc.sync.aligned.u32 232;
+end:
+"""
+
+
+@pytest.mark.parametrize("threads", [256, 384])
+def test_registers_are_handed_around_within_the_cta(threads: int) -> None:
+    given = "setmaxnreg.dec.sync.aligned.u32 40;"
+    launch(REGISTERS.format(given=given), threads=threads).check()
+    # What a CTA of 256 threads starts with is enough as it is.
+    failure = launch(REGISTERS.format(given=""), threads=threads).failure
+    assert ("waits for registers" in failure) is (threads == 384)
+
+
 STUCK = """
     mbarrier.init.shared::cta.b64 [window], 2;
     mbarrier.arrive.shared::cta.b64 _, [window];
@@ -437,6 +520,11 @@ PROXY = "fence.proxy.async.shared::cta;"
 
 
 def box(wait: str = WAIT, fence: str = PROXY) -> tuple[Run, torch.Tensor]:
+    return on_maps(BOX.format(wait=wait, fence=fence), threads=1)
+
+
+def on_maps(body: str, threads: int) -> tuple[Run, torch.Tensor]:
+    """Run `body` with the maps of a source and of a target, which is returned."""
     source = torch.arange(16 * 48, dtype=torch.int32).view(16, 48)
     target = torch.full((8, 32), -1, dtype=torch.int32)
     maps = torch.zeros(64 + 256, dtype=torch.uint8)
@@ -451,7 +539,7 @@ def box(wait: str = WAIT, fence: str = PROXY) -> tuple[Run, torch.Tensor]:
     for i, each in enumerate(packed):
         at = first + 128 * i
         maps[at : at + 128] = torch.frombuffer(bytearray(each), dtype=torch.uint8)
-    kernel = program(BOX.format(wait=wait, fence=fence), 2, 1)
+    kernel = program(body, 2, threads)
     at = maps.data_ptr() + first
     grid = Grid(1, shared_bytes=4096)
     return run(kernel, pack(kernel, [at, at + 128]), memory, grid), target
@@ -473,6 +561,28 @@ def test_a_box_arrives_swizzled_clipped_and_filled_with_zeros() -> None:
 )
 def test_tma_needs_its_wait_and_its_fence(change: dict[str, str], report: str) -> None:
     assert any(report in r for r in box(**change)[0].reports)
+
+
+BY_A_WARP = """
+    ld.param.u64 %d3, [p1];
+    mov.u32 %r0, %laneid;
+    mov.u32 %r2, window;
+    mad.lo.s32 %r1, %r0, 32, %r2;
+    st.shared.v4.b32 [%r1], {{%r0, %r0, %r0, %r0}};
+    st.shared.v4.b32 [%r1+16], {{%r0, %r0, %r0, %r0}};
+    fence.proxy.async.shared::cta;
+    bar.warp.sync -1;
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d3, {{{column}, 0}}], [window];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+"""
+
+
+@pytest.mark.parametrize(("column", "races"), [("0", False), ("%r0", True)])
+def test_lanes_that_store_the_same_box_store_one(column: str, races: bool) -> None:
+    run, _ = on_maps(BY_A_WARP.format(column=column), threads=32)
+    assert not run.failure
+    assert any("TMA store's write" in report for report in run.reports) is races
 
 
 def test_a_run_is_judged() -> None:

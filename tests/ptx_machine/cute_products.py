@@ -328,8 +328,13 @@ def _compile(flavour: CuteFlavour, *tensors: torch.Tensor) -> Kernel:
         return parse(cute.compile(Product(flavour), *shapes, options=options).__ptx__)
 
 
+bf16, fp16 = torch.bfloat16, torch.float16
 CUTE_FLAVOURS = (
     CuteFlavour(),
-    CuteFlavour(torch.float16, "m", "n", (64, 128, 64), (1, 2), 4, 3, (200, 520, 200)),
-    CuteFlavour(block=(64, 64, 64), cluster=(2, 2), stages=2, clusters=1, sizes=(264, 136, 200)),
+    CuteFlavour(fp16, "m", "n", (64, 128, 64), (1, 2), 4, 3, (200, 520, 200)),
+    CuteFlavour(bf16, "k", "k", (64, 64, 64), (2, 2), 2, 1, (264, 136, 200)),
+    CuteFlavour(bf16, "m", "k", (128, 64, 64), (1, 1), 3, 3, (264, 136, 264)),
+    CuteFlavour(fp16, "k", "n", (128, 256, 64), (2, 1), 2, 1, (264, 520, 200)),
+    CuteFlavour(bf16, "m", "n", (128, 128, 64), (2, 2), 2, 1, (264, 264, 136)),
+    CuteFlavour(bf16, "m", "n", (64, 64, 64), (2, 1), 4, 2, (200, 136, 520)),
 )

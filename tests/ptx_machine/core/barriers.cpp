@@ -301,8 +301,8 @@ void decode_mbarrier(Decoder& d) {
     at = 1;
     d.out_predicate(0);
   }
-  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta, order == 2,
-                   expects,          kind == 2,  by_parity};
+  d.made.number = {d.address(at, 4), space == 1, scope != Scope::kCta, order == 2, expects,
+                   kind == 2,        by_parity};
   if (d.operands() > at + 1) d.in(at + 1, kind >= 4 && !by_parity ? 8 : 4);
   if (d.operands() > at + 2 && kind < 4) throw Failure("too many operands");
   static constexpr Handler kRuns[] = {init, invalidate, arrive, arrive, try_wait, try_wait};

@@ -56,9 +56,7 @@ class Races {
   const char* clash(const Record& record, const Access& access, Space space,
                     const Knowledge& known) const;
   u32 warp(u32 agent) const { return agent / kKinds; }
-  bool is_generic(u32 agent) const {
-    return !is_barrier(agent) && agent % kKinds <= kInit;
-  }
+  bool is_generic(u32 agent) const { return !is_barrier(agent) && agent % kKinds <= kInit; }
   bool is_async(u32 agent) const { return is_barrier(agent) || agent % kKinds >= kProduct; }
 
   u32 warp_agents_, warps_per_cta_;

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ptx_machine.faults import FAULTS, planted, study
+from ptx_machine.faults import COMPUTED, FAULTS, planted, study
 from ptx_machine.launch import Wrong
 from ptx_machine.parse import Kernel
 from ptx_machine.triton_compile import VERSION
@@ -61,6 +61,7 @@ ANYWHERE = {
     "a release is relaxed",
     "an acquire is relaxed",
     "a store is removed",
+    "a product is left out",
 }
 EVERYWHERE = {
     "a barrier of the CTA is removed",
@@ -82,17 +83,15 @@ def notices_faults(flavour: Any) -> None:
             yield lambda grid=grid: launch.check(launch.run(grid, faulty))
 
     anywhere = (ANYWHERE | flavour.exact) - flavour.harmless
-    found = list(
-        study(
-            kernel, executed, attempts, (f for f in FAULTS if f.name in anywhere), 8 if SWEEP else 3
-        )
-    )
+    faults = [fault for fault in (*FAULTS, *COMPUTED) if fault.name in anywhere]
+    found = list(study(kernel, executed, attempts, faults, 8 if SWEEP else 3))
     for fault in FAULTS:
         sites = fault.sites(kernel, executed)
         if fault.name in EVERYWHERE - flavour.harmless and sites:
             found.append(planted(kernel, fault, sites, attempts))
     print(*found, sep="\n")
-    assert len({each.fault.name for each in found}) >= 4
+    kinds = {each.fault.name for each in found}
+    assert len(kinds) >= 4, f"too few kinds of fault apply: {sorted(kinds)}"
     missed = [str(each) for each in found if not each.noticed]
     assert not missed, missed
 

@@ -133,8 +133,9 @@ class Flavour:
         found = set()
         if self.function == "persistent":  # a ticket hands over nothing
             found.add("a release is relaxed")
-        # A K-major operand has no leading offset, nor has one of a single swizzled panel.
-        if self.major_b == "k" or self.block[1] <= 64:
+        # A K-major operand has no leading offset, nor has one of a single swizzled panel; the CTAs
+        # of a cluster share the columns.
+        if self.major_b == "k" or self.block[1] // self.cluster <= 64:
             found.add("the leading offset is 16 bytes off")
         return found
 

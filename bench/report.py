@@ -18,7 +18,16 @@ from bench.results import RESULTS, Results, load, newest
 ROOT = Path(__file__).parent.parent
 OURS = "lora_kernels"
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}
-_WORDS = ("case", "layer", "provider", "reason", "backend", "N × K")  # columns that are not numbers
+_WORDS = (
+    "case",
+    "layer",
+    "provider",
+    "reason",
+    "backend",
+    "N × K",
+    "item",
+    "bound by",
+)  # columns that are not numbers
 _DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 Row = dict[str, Any]
 

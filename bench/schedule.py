@@ -2,8 +2,8 @@
 
 The items of a launch, in the order of `lora_linear/schedule.py`, go one after another to whichever
 worker is free first, an SM or a cluster of two; what waits for a flag waits. How long an item takes
-comes from the constants below, none of them measured on these kernels. `--write` refreshes the
-tables in the operator's README.
+comes from what the PTX machine has counted of it (`items.py`) and from the constants below, none of
+them measured on these kernels. `--write` refreshes the tables in the operator's README.
 """
 
 import argparse
@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.cases import SHAPES
+from bench.items import RATES, Item, Rates, recorded, table, title
 from bench.report import markdown, marked
 from lora_kernels.ops.lora_linear import schedule
 from lora_kernels.ops.lora_linear.config import TileConfig, pick
 from lora_kernels.ops.lora_linear.problem import Problem
 
 README = Path(__file__).parents[1] / "lora_kernels/ops/lora_linear/README.md"
-MARKER = "schedule"
 
 # An H100 SXM under load.
-SMS, CLOCK_MHZ = 132, 1600
+SMS, CLOCK_MHZ = 132, RATES[90].mhz
 CUBLAS_TFLOPS = 798  # what cuBLAS reaches on 8192 x 8192 x 8192 in bf16: the floor's rate
-L2_BYTES = 64  # per clock and SM: what bounds the skinny items
-# About 100 instructions for eight elements, four warps of 32 issuing one a clock each.
-MASK_CLOCKS = 100 / 8 / 32 / 4  # per element
+ACHIEVED = RATES[90]._replace(products=CUBLAS_TFLOPS * 1e6 / (2 * SMS * CLOCK_MHZ))
 
 M, RANKS = 8192, (16, 64)
 MODELS = ("llama8b", "llama70b")
@@ -38,7 +36,7 @@ BACKENDS = {"triton": "Triton", "cuda": "CUDA"}
 EARLIER = (1.0, 1.5, 2.0, 3.0)  # waves before the end of dx that da items may begin
 
 
-class Item(NamedTuple):
+class Ticket(NamedTuple):
     """`before_us`, then a wait for the flags of `rows` (all if `all_rows`), then `after_us`."""
 
     before_us: float
@@ -49,128 +47,126 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Triton:
-    """Items of the Triton backend: a CTA an SM, at the rate of cuBLAS, 4 µs around each item.
+class Model:
+    """Items of a backend at a problem's rank, with the tile it takes, as the PTX machine counts.
 
-    The 4 µs are for ticket, pipeline fill, flag and store.
+    Nothing of an item overlaps with what surrounds it: ticket, pipeline fill, flag and epilogue,
+    for which `overhead_us` is assumed.
     """
 
+    backend: str
     config: TileConfig
-    OVERHEAD_US = 4.0
-    CTAS = 1  # of a worker
+    ctas: int  # of a worker
+    rates: Rates
+    overhead_us: float
+    problem: Problem
 
     @property
     def workers(self) -> int:
-        return SMS * self.config.ctas
+        """Return how many items run at a time."""
+        return SMS // self.ctas * self.config.ctas
 
-    def tile_us(self, depth: int) -> float:
-        """Return the time of a main or dx tile's contraction over `depth`."""
-        flops = 2 * self.config.bm * self.config.bn * depth
-        return flops / (CUBLAS_TFLOPS * 1e6 / self.workers)
+    def _set(self, dropout: bool) -> tuple[int, dict[str, Item]]:
+        """Return the rank on record that stands for the problem's, and the items there.
 
-    rank_us = tile_us
+        Drawing the mask costs the same at every rank: with dropout that of 16 is on record.
+        """
+        sets = recorded()[self.backend]["sets"]
+        r = 16 if dropout or self.problem.r <= 16 else 64
+        return r, sets[title(r, dropout)]
 
-    def early_waves(self, problem: Problem) -> int:
-        """Return how many waves of dx tiles come after the da items: none."""
-        return 0
-
-    def skinny_us(self, height: int, depth: int, masked: bool) -> float:
-        """Return the time of a P, Q, da or db item: its loads, or the mask that it makes."""
-        clocks = (height + self.config.br) * 2 * depth / L2_BYTES
-        if masked:
-            clocks = max(clocks, MASK_CLOCKS * height * depth)
+    def _us(self, clocks: float) -> float:
         return clocks / CLOCK_MHZ * self.config.ctas
 
-    @property
-    def mask_us(self) -> float:
-        """Return the time to mask the accumulators of a dx tile."""
-        return MASK_CLOCKS * self.config.bm * self.config.bn / CLOCK_MHZ * self.config.ctas
+    def steps_us(self, kind: str, depth: int) -> float:
+        """Return the time of an item's contraction over `depth`, by its critical resource."""
+        item = self._set(self.problem.dropout)[1][kind]
+        return self._us(schedule.blocks(depth, item.stage) * item.critical(self.rates)[1])
 
-
-@dataclass(frozen=True)
-class Cuda:
-    """Items of the CUDA backend, per cluster of two CTAs; the tensor cores run at their peak.
-
-    A stage is 64 deep. The epilogue of a tile overlaps with nothing of its own CTA.
-    """
-
-    config = TileConfig(bm=256, bn=256, bk=256, warps=12, stages=4, br=64, group=8)
-    workers = SMS // 2
-    STAGE_CLOCKS = 1024  # 128 x 256 x 64 of a CTA at 2048 products a clock
-    SKINNY_CLOCKS = 384  # 128 + 64 rows of 128 bytes from L2
-    MASKED_CLOCKS = 1000  # the same where the mask of 128 x 64 elements is drawn
-    SLICE_CLOCKS = 256  # a k16 slice of the rank
-    AROUND_CLOCKS = 2400  # an item: ticket, pipeline fill, epilogue
-    OVERHEAD_US = AROUND_CLOCKS / CLOCK_MHZ
-
-    def tile_us(self, depth: int) -> float:
-        """Return the time of a main or dx tile's contraction over `depth`."""
-        return schedule.blocks(depth, 64) * self.STAGE_CLOCKS / CLOCK_MHZ
-
-    def rank_us(self, rank: int) -> float:
+    def rank_us(self, kind: str) -> float:
         """Return the time of a tile's contraction over the rank."""
-        return schedule.blocks(rank, 16) * self.SLICE_CLOCKS / CLOCK_MHZ
-
-    def skinny_us(self, height: int, depth: int, masked: bool) -> float:
-        """Return the time of a P, Q, da or db item: its loads, or the mask that it makes."""
-        stage = self.MASKED_CLOCKS if masked else self.SKINNY_CLOCKS
-        return schedule.blocks(depth, 64) * stage / CLOCK_MHZ
-
-    def early_waves(self, problem: Problem) -> int:
-        """Return how many waves of dx tiles come after the da items: `tiles_after_da` in csrc."""
-        da_us = self.skinny_us(self.config.bk, problem.m, problem.dropout)
-        dx_us = self.tile_us(problem.n) + self.rank_us(problem.r)
-        if da_us <= dx_us:
-            return 0
-        return int((da_us + self.OVERHEAD_US) // (dx_us + self.OVERHEAD_US)) + 1
+        r, items = self._set(dropout=False)
+        return self._us(items[kind].around.products / self.rates.products * self.problem.r / r)
 
     @property
     def mask_us(self) -> float:
-        """Return the time to mask the accumulators of a dx tile."""
-        return MASK_CLOCKS * 128 * 256 / CLOCK_MHZ
+        """Return the time to mask the accumulators of a dx tile: what dropout adds around it."""
+        plain, masked = (self._set(d)[1]["dx"].around.instructions for d in (False, True))
+        return self._us((masked - plain) / self.rates.instructions) * self.problem.dropout
+
+    def item_us(self, kind: str, depth: int) -> float:
+        """Return the time of a whole item that has not to wait."""
+        tile = self.rank_us(kind) if kind in ("main", "dx") else 0.0
+        mask = self.mask_us if kind == "dx" else 0.0
+        return self.steps_us(kind, depth) + tile + mask + self.overhead_us
+
+    def early_waves(self) -> int:
+        """Return how many waves of dx tiles come after the da items.
+
+        None in Triton; in CUDA by the clocks that `tiles_after_da` in csrc reckons with.
+        """
+        if self.backend != "cuda":
+            return 0
+        m, n, _, r = self.problem[:4]
+        around, deep = 2400, 1000 if self.problem.dropout else 384
+        da = schedule.blocks(m, 64) * deep
+        dx = schedule.blocks(n, 64) * 1024 + schedule.blocks(r, 16) * 256
+        return 0 if da <= dx else (da + around) // (dx + around) + 1
 
 
-Model = Triton | Cuda
+def model(backend: str, problem: Problem, *, backward: bool) -> Model:
+    """Return the model of a backend on an H100.
+
+    Triton's products go at the rate of cuBLAS, with 4 µs around an item; CUDA's at the peak, with
+    2400 clocks.
+    """
+    if backend == "cuda":
+        config = TileConfig(bm=256, bn=256, bk=256, warps=12, stages=4, br=64, group=8)
+        return Model("cuda", config, 2, RATES[90], 2400 / CLOCK_MHZ, problem)
+    config = pick(problem, backward=backward)
+    return Model("triton sm_90", config, 1, ACHIEVED, 4.0, problem)
 
 
-def forward(model: Model, problem: Problem) -> list[Item]:
+def forward(model: Model) -> list[Ticket]:
     """Return the items of a forward launch, in the order of their tickets."""
-    (m, n, k, r), c = problem[:4], model.config
+    (m, n, k, r), c = model.problem[:4], model.config
     p_end, end = schedule.forward_ends(m, n, r, c.bm, c.bn, c.br)
-    skinny_us = model.skinny_us(c.bm, k, problem.dropout)
+    skinny_us, main_us = model.steps_us("P", k), model.steps_us("main", k)
+    rank_us = model.rank_us("main")
     items = []
     for ticket in range(end):
         if ticket < p_end:
             row, _ = schedule.skinny(ticket, schedule.blocks(r, c.br))
-            items.append(Item(skinny_us, model.OVERHEAD_US, row, publishes=True))
+            items.append(Ticket(skinny_us, model.overhead_us, row, publishes=True))
         else:
             row, _ = _tile(model, ticket - p_end, m, n)
-            items.append(Item(model.tile_us(k), model.rank_us(r) + model.OVERHEAD_US, row))
+            items.append(Ticket(main_us, rank_us + model.overhead_us, row))
     return items
 
 
-def backward(model: Model, problem: Problem, waves: float = 0.0) -> list[Item]:
+def backward(model: Model, waves: float = 0.0) -> list[Ticket]:
     """Return the items of a backward launch; da begins `waves` of dx tiles before their end."""
-    (m, n, k, r), c = problem[:4], model.config
+    (m, n, k, r), c = model.problem[:4], model.config
     sizes = m, n, k, r, c.bm, c.bn, c.bk, c.br
     q_end, db_end, dx_end, end = schedule.backward_ends(*sizes, True, True, True)
-    overhead_us = model.OVERHEAD_US
+    overhead_us = model.overhead_us
     # Dropout masks Q·A alone: the rank comes first, and nothing of a dx tile precedes the wait.
-    main_us, rank_us = model.tile_us(n), model.rank_us(r) + overhead_us
+    main_us, rank_us = model.steps_us("dx", n), model.rank_us("dx") + overhead_us
     before_us, after_us = main_us, rank_us
-    if problem.dropout:
+    if model.problem.dropout:
         before_us, after_us = 0.0, main_us + rank_us + model.mask_us
-    da = Item(0.0, model.skinny_us(c.bk, m, problem.dropout) + overhead_us, all_rows=True)
+    q_us, db_us, da_us = (model.steps_us(*each) for each in (("Q", n), ("db", m), ("da", m)))
+    da = Ticket(0.0, da_us + overhead_us, all_rows=True)
     q, db, dx = [], [], []
     for ticket in range(dx_end):
         if ticket < q_end:
             row, _ = schedule.skinny(ticket, schedule.blocks(r, c.br))
-            q.append(Item(model.skinny_us(c.bm, n, False), overhead_us, row, publishes=True))
+            q.append(Ticket(q_us, overhead_us, row, publishes=True))
         elif ticket < db_end:
-            db.append(Item(model.skinny_us(c.bk, m, False), overhead_us))
+            db.append(Ticket(db_us, overhead_us))
         else:
             row, _ = _tile(model, ticket - db_end, m, k)
-            dx.append(Item(before_us, after_us, row))
+            dx.append(Ticket(before_us, after_us, row))
     late = min(round(waves * model.workers), len(dx))
     return [*q, *db, *dx[: len(dx) - late], *[da] * (end - dx_end), *dx[len(dx) - late :]]
 
@@ -180,7 +176,7 @@ def _tile(model: Model, item: int, m: int, columns: int) -> tuple[int, int]:
     return schedule.tile(item, schedule.blocks(m, c.bm), schedule.blocks(columns, c.bn), c.group)
 
 
-def makespan_us(items: list[Item], workers: int) -> float:
+def makespan_us(items: list[Ticket], workers: int) -> float:
     """Return when the last item ends: each begins, in order, on the worker that is free first."""
     free = [0.0] * workers
     ready: dict[int, float] = {}
@@ -206,19 +202,19 @@ class Prediction:
 
     def model(self, *, backward: bool = False) -> Model:
         """Return the backend's model, with the tile that it would take."""
-        return Cuda() if self.backend == "cuda" else Triton(pick(self.problem, backward=backward))
+        return model(self.backend, self.problem, backward=backward)
 
     @cached_property
     def forward_us(self) -> float:
         """Return the time of the forward launch."""
         model = self.model()
-        return makespan_us(forward(model, self.problem), model.workers)
+        return makespan_us(forward(model), model.workers)
 
     def backward_us(self, waves: float | None = None) -> float:
         """Return the time of the backward launch; `waves` moves da from where the kernel has it."""
         model = self.model(backward=True)
-        waves = model.early_waves(self.problem) if waves is None else waves
-        return makespan_us(backward(model, self.problem, waves), model.workers)
+        waves = model.early_waves() if waves is None else waves
+        return makespan_us(backward(model, waves), model.workers)
 
     def floor_us(self, share: float) -> float:
         """Return the frozen GEMM's time with `share`·(R/K + R/N) on top."""
@@ -265,13 +261,13 @@ def _times(this: Prediction) -> list[str]:
     backward_us = this.backward_us()
     both = (this.forward_us + backward_us) / (2 * this.floor_us(1.5))
     times = (
-        one.skinny_us(one.config.bm, k, False) + one.OVERHEAD_US,
-        one.tile_us(k) + one.rank_us(r) + one.OVERHEAD_US,
+        one.item_us("P", k),
+        one.item_us("main", k),
         this.forward_us,
         this.floor_us(1.0),
-        two.skinny_us(two.config.bm, n, False) + two.OVERHEAD_US,
-        two.skinny_us(two.config.bk, m, False) + two.OVERHEAD_US,
-        two.tile_us(n) + two.rank_us(r) + two.OVERHEAD_US,
+        two.item_us("Q", n),
+        two.item_us("da", m),
+        two.item_us("dx", n),
         backward_us,
     )
     cells = [f"{time_us:.0f}" for time_us in times]
@@ -280,13 +276,20 @@ def _times(this: Prediction) -> list[str]:
 
 
 def _orders(this: Prediction, name: str) -> list[str]:
-    m, n, k, r = this.problem[:4]
-    dropout, model = this.problem.dropout, this.model(backward=True)
-    tile_us = model.tile_us(n) + model.rank_us(r) + model.OVERHEAD_US + dropout * model.mask_us
-    item_us = model.skinny_us(model.config.bk, m, dropout) + model.OVERHEAD_US
-    times = item_us, tile_us, *map(this.backward_us, (None, 0.0, *EARLIER, float(M)))
+    m, n, k, _ = this.problem[:4]
+    model = this.model(backward=True)
+    times = (
+        model.item_us("da", m),
+        model.item_us("dx", n),
+        *map(this.backward_us, (None, 0.0, *EARLIER, float(M))),
+    )
     cells = [f"{time_us:.0f}" for time_us in times]
-    return [name, f"{n} × {k}", "yes" if dropout else "no", *cells]
+    return [name, f"{n} × {k}", "yes" if this.problem.dropout else "no", *cells]
+
+
+def blocks() -> dict[str, str]:
+    """Return what stands in the README between the markers of these names."""
+    return {"items": table(recorded(), title(16, False), title(16, True)), "schedule": tables()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -294,9 +297,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.schedule", description=__doc__)
     parser.add_argument("--write", action="store_true", help="refresh the operator's README")
     if parser.parse_args(argv).write:
-        README.write_text(marked(README.read_text(), MARKER, tables()))
+        text = README.read_text()
+        for marker, block in blocks().items():
+            text = marked(text, marker, block)
+        README.write_text(text)
     else:
-        print(tables())
+        print(*blocks().values(), sep="\n\n")
     return 0
 
 

@@ -6,13 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "lora_linear/lora_linear.h"
-
-#ifdef LORA_EMULATE
-#include "emulate/machine.h"
-#else
 #include "common/device.h"
-#endif
+#include "lora_linear/lora_linear.h"
 
 namespace py = pybind11;
 
@@ -103,15 +98,8 @@ void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, cons
 PYBIND11_MODULE(_C, module) {
   module.def("lora_linear_forward", &forward);
   module.def("lora_linear_backward", &backward);
-#ifdef LORA_EMULATE
-  module.def("why_not", [] { return py::none(); });
-  module.def("emulate", [](int seed, int clusters, int resident, const std::string& fault) {
-    lora::emulate::Machine::options() = {seed, clusters, resident, fault};
-  });
-#else
   module.def("why_not", [] {
     const lora::Failure failure = lora::why_no_driver();
     return failure.empty() ? std::nullopt : std::optional(failure);
   });
-#endif
 }

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from test_cuda_emulated import CASES, FP32_CASES
+from cuda_cases import CASES, FP32_CASES
 
 from bench.forced import CASES as FORCED
 from bench.gpu import MANY_ITEMS

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptx_machine import build, cuda_backend, profile
+from cuda_cases import CASES as CUDA_CASES
+from cuda_cases import FP32_CASES, SUBSETS, check
+from ptx_machine import build, cuda_backend
 from ptx_machine.faults import COMPUTED, FAULTS, Fault, study
 from ptx_machine.machine import Machine, dirty_words
 from ptx_machine.parse import Kernel
 
 from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear import reference
 from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.testing import (
     CASES,
@@ -115,30 +118,28 @@ def study_faults(
 
 # --- CUDA C++ -------------------------------------------------------------------------------------
 
-SUBSETS = ((True, False, False), (False, True, False), (False, False, True), (False, True, True))
-_CUDA_CASES = (
-    Case(1, 8, 8, 8, bf16),
-    Case(64, 64, 64, 64, fp16),
-    # Two row blocks in a cluster; an odd number of them; several column blocks and rank tiles.
-    Case(256, 128, 256, 64, bf16),
-    Case(300, 520, 200, 72, fp16, bias=True),
-    Case(600, 72, 72, 8, bf16),
-    Case(129, 256, 320, 136, bf16, bias=True),
-    Case(67, 136, 88, 8, fp16, bias=True, dropout_p=0.1),
-    Case(257, 72, 520, 64, bf16, bias=True, dropout_p=0.5),
-    Case(200, 136, 264, 24, bf16, bias=True, strided=True, dropout_p=0.3),
-    *(Case(136, 72, 264, 24, bf16, dropout_p=p, needs=n) for n in SUBSETS for p in (0.0, 0.5)),
-    # Adapters of another width, where the backend takes them.
-    Case(136, 264, 136, 24, bf16, fp32, bias=True),
-    Case(72, 136, 264, 72, fp16, fp32, dropout_p=0.5),
-    *CASES,
-)
-CUDA_CASES = [case for case in _CUDA_CASES if cuda_backend.takes(case.problem())]
+ALL_CUDA_CASES = [*CUDA_CASES, *(c for c in CASES if cuda_backend.takes(c.problem()))]
 
 
-@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CUDA_CASES, ids=str)
 def test_the_cuda_kernels_are_right(case: Case) -> None:
     judge(cuda_backend.on, case)
+
+
+@pytest.mark.parametrize("case", FP32_CASES, ids=str)
+def test_the_cuda_kernels_are_right_beside_fp32_adapters(case: Case) -> None:
+    if SWEEP or case.dropout_p > 0:
+        judge(cuda_backend.on, case)
+    check(cuda_backend.on(Machine(seed=case.r, multiprocessors=6)), case)
+
+
+@pytest.mark.parametrize("value", [3, 3 + 2**40, 2**63 - 1])
+def test_the_whole_64_bit_seed_counts_in_cuda(value: int) -> None:
+    case, seed = Case(64, 64, 128, 8, bf16, dropout_p=0.5), torch.tensor([value])
+    call = make_inputs(case)._replace(seed=seed).forward(case)
+    p, right = (backend.forward(call)[1] for backend in (cuda_backend.on(Machine()), reference))
+    # Another mask would move P by about its own size, 0.75·√2.
+    assert (p - right).abs().max() < 0.05
 
 
 CUDA_FROZEN = [case for case in FROZEN_CASES if cuda_backend.takes(case.problem())]
@@ -244,16 +245,3 @@ def test_faults_planted_in_the_triton_kernels_are_noticed(arch: int, direction: 
     faults = (*FAULTS, *COMPUTED) if arch == 80 or SWEEP else FAULTS
     noticed = study_faults(on(arch, SMALL), direction, [case], faults)
     assert sum(map(any, noticed.values())) >= 12, noticed
-
-
-# --- What a step costs ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", profile.BACKENDS)
-def test_a_main_loop_step_does_no_more_than_recorded(name: str) -> None:
-    record = profile.recorded(name)
-    if record is None:
-        pytest.skip(f"no record for {profile.compiler(name)}")
-    for item, found in profile.measure(name).items():
-        assert not profile.grown(found, record[item]), item
-        assert found.conflicts == 0, f"{item}: bank conflicts"

@@ -194,6 +194,42 @@ def test_lanes_part_and_meet_again() -> None:
     assert run.by_opcode()["bar.warp.sync"] == 1
 
 
+@pytest.mark.parametrize("meet", ["bar.warp.sync -1;", ""])
+def test_lanes_keep_together_only_where_they_must(meet: str) -> None:
+    """Each lane reads another's word and writes its own: without a meeting some come too late."""
+    body = f"""
+    mov.u32 %r1, %laneid; shl.b32 %r2, %r1, 2; add.s32 %r2, %r2, 1024; xor.b32 %r3, %r2, 4;
+    st.shared.b32 [%r2], 7;
+    bar.warp.sync -1;
+    ld.shared.b32 %r5, [%r3];
+    {meet}
+    st.shared.b32 [%r2], 9;
+    """
+    seen = set()
+    for seed in range(200):
+        out = torch.zeros(32, dtype=torch.int32)
+        launch(body + store_lane("%r5", "b32", 4), out, seed=seed).check()
+        seen.update(out.tolist())
+    assert seen == ({7} if meet else {7, 9})
+
+
+def test_a_program_with_statements_doubled_still_branches_where_it_did() -> None:
+    body = """
+    mov.u32 %r5, 0;
+    again:
+    add.s32 %r5, %r5, 1;
+    setp.lt.s32 %p1, %r5, 7;
+    @%p1 bra again;
+    """
+    kernel = program(body + store_lane("%r5", "b32", 4))
+    adds = {i for i, s in enumerate(kernel.statements) if s.opcode == "add.s32"}
+    out = torch.zeros(32, dtype=torch.int32)
+    memory = Memory()
+    parameters = pack(kernel, [memory.add(out, writable=True)])
+    run(kernel.doubled(adds), parameters, memory, Grid(1, shared_bytes=64)).check()
+    assert (out == 8).all()  # in twos
+
+
 def test_lanes_that_never_meet_are_reported() -> None:
     body = """
     mov.u32 %r0, %laneid;
@@ -305,7 +341,7 @@ def test_a_missing_barrier_is_a_race(barrier: str) -> None:
 @pytest.mark.parametrize(("stride", "wavefronts"), [(4, 1), (8, 2), (128, 32)])
 def test_bank_conflicts_are_counted(stride: int, wavefronts: int) -> None:
     body = f"mov.u32 %r0, %tid.x; mad.lo.s32 %r1, %r0, {stride}, 1024; st.shared.b32 [%r1], %r0;"
-    run = launch(body).check()
+    run = launch(body, adversarial=False).check()
     (count,) = (c for c in run.counts if c[4])
     assert count[4:] == (wavefronts, 1)
 
@@ -314,7 +350,7 @@ def test_bank_conflicts_are_counted(stride: int, wavefronts: int) -> None:
 def test_sectors_are_counted(stride: int, sectors: int) -> None:
     out = torch.zeros(1024, dtype=torch.int32)
     base = out.data_ptr() % 32 // 4
-    run = launch(store_lane("1", "b32", stride), out[(8 - base) % 8 :]).check()
+    run = launch(store_lane("1", "b32", stride), out[(8 - base) % 8 :], adversarial=False).check()
     (count,) = (c for c in run.counts if c[2])
     assert count[2:4] == (sectors, 128)
 

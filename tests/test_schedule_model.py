@@ -3,39 +3,41 @@
 import pytest
 
 from bench import schedule as model
-from bench.schedule import Cuda, Item, Prediction, Triton, makespan_us
-from lora_kernels.ops.lora_linear.config import TileConfig
+from bench.items import RATES, recorded
+from bench.schedule import Model, Prediction, Ticket, makespan_us
 from lora_kernels.ops.lora_linear.problem import Problem
 
 QO, KV = Problem(8192, 4096, 4096, 16), Problem(8192, 1024, 4096, 16)
-TRITON = Triton(TileConfig(128, 256, 64, warps=8, stages=4, br=16))
 
 
 def test_the_readme_s_tables_are_what_the_program_prints() -> None:
-    block = f"<!-- {model.MARKER} -->\n{model.tables()}\n<!-- /{model.MARKER} -->\n"
-    assert block in model.README.read_text(), "run `python -m bench.schedule --write`"
+    text = model.README.read_text()
+    for marker, block in model.blocks().items():
+        here = f"<!-- {marker} -->\n{block}\n<!-- /{marker} -->\n"
+        assert here in text, "run `python -m bench.schedule --write`"
 
 
 def test_items_go_to_who_is_free_first_and_wait_for_their_flag() -> None:
-    assert makespan_us([Item(3.0, 0.0), Item(1.0, 0.0), Item(1.0, 0.0)], 2) == 3.0
-    assert makespan_us([Item(2.0, 1.0, 0, publishes=True), Item(1.0, 5.0, 0)], 2) == 8.0
-    assert makespan_us([Item(2.0, 1.0, 0, publishes=True), Item(4.0, 5.0, 0)], 2) == 9.0
+    assert makespan_us([Ticket(3.0, 0.0), Ticket(1.0, 0.0), Ticket(1.0, 0.0)], 2) == 3.0
+    assert makespan_us([Ticket(2.0, 1.0, 0, publishes=True), Ticket(1.0, 5.0, 0)], 2) == 8.0
+    assert makespan_us([Ticket(2.0, 1.0, 0, publishes=True), Ticket(4.0, 5.0, 0)], 2) == 9.0
     # Of a row block's two rank tiles, the later counts; another row block's flag does not.
-    late = [Item(1.0, 0.0, 0, publishes=True), Item(7.0, 0.0, 0, publishes=True)]
-    assert makespan_us([*late, Item(0.0, 1.0, 0)], 3) == 8.0
-    other = Item(1.0, 0.0, 1, publishes=True)
-    assert makespan_us([*late, other, Item(0.0, 1.0, 1)], 4) == 7.0
-    assert makespan_us([*late, other, Item(0.0, 1.0, all_rows=True)], 4) == 8.0
+    late = [Ticket(1.0, 0.0, 0, publishes=True), Ticket(7.0, 0.0, 0, publishes=True)]
+    assert makespan_us([*late, Ticket(0.0, 1.0, 0)], 3) == 8.0
+    other = Ticket(1.0, 0.0, 1, publishes=True)
+    assert makespan_us([*late, other, Ticket(0.0, 1.0, 1)], 4) == 7.0
+    assert makespan_us([*late, other, Ticket(0.0, 1.0, all_rows=True)], 4) == 8.0
 
 
-@pytest.mark.parametrize("this", [TRITON, Cuda()], ids=["triton", "cuda"])
+@pytest.mark.parametrize("backend", model.BACKENDS)
 @pytest.mark.parametrize("problem", [QO, KV, QO._replace(dropout=True), QO._replace(r=72)], ids=str)
 @pytest.mark.parametrize("waves", [0.0, 1.5, 3.0, 1e6])
 def test_every_order_waits_for_smaller_tickets_alone(
-    this: model.Model, problem: Problem, waves: float
+    backend: str, problem: Problem, waves: float
 ) -> None:
-    items = model.backward(this, problem, waves)
-    assert sorted(items) == sorted(model.backward(this, problem))
+    this = Prediction(problem, backend).model(backward=True)
+    items = model.backward(this, waves)
+    assert sorted(items) == sorted(model.backward(this))
     published: set[int] = set()
     for item in items:
         if item.publishes:
@@ -51,12 +53,38 @@ def test_every_order_waits_for_smaller_tickets_alone(
     ))  # fmt: skip
 
 
+def both(problem: Problem) -> tuple[Model, Model]:
+    triton, cuda = (Prediction(problem, name).model(backward=True) for name in ("triton", "cuda"))
+    return triton, cuda
+
+
 def test_an_item_takes_what_its_work_takes_at_the_stated_rates() -> None:
-    assert TRITON.tile_us(4096) == pytest.approx(2 * 128 * 256 * 4096 * 132 / 798e6)
-    assert TRITON.skinny_us(128, 4096, False) == pytest.approx((128 + 16) * 2 * 4096 / 64 / 1600)
-    assert Cuda().tile_us(4096) == 64 * 1024 / 1600
-    assert Cuda().skinny_us(256, 4096, False) == 64 * 384 / 1600
-    assert Cuda().skinny_us(256, 4096, True) > 2 * Cuda().skinny_us(256, 4096, False)
+    triton, cuda = both(QO)
+    assert triton.steps_us("dx", 4096) == pytest.approx(2 * 128 * 256 * 4096 * 132 / 798e6)
+    assert triton.steps_us("P", 4096) == pytest.approx((128 + 16) * 2 * 4096 / 64 / 1600)
+    assert cuda.steps_us("dx", 4096) == 64 * 1024 / 1600
+    assert cuda.rank_us("dx") == 256 / 1600
+    assert both(QO._replace(r=72))[1].rank_us("dx") == pytest.approx(4.5 * 256 / 1600)
+    assert both(QO._replace(r=64))[1].steps_us("P", 4096) == 64 * 384 / 1600
+    masked = both(QO._replace(dropout=True))[1]
+    assert masked.steps_us("P", 4096) > 2 * cuda.steps_us("P", 4096)
+    assert masked.mask_us > 1 > cuda.mask_us == 0
+
+
+def test_a_step_is_bound_by_what_takes_it_longest() -> None:
+    item = recorded()["cuda"]["sets"]["R = 64"]["P"]
+    busy = {
+        "tensor cores": ("products", 2048),
+        "L2": ("bytes", 64),
+        "issue": ("other", 4),
+        "shared memory": ("wavefronts", 1),
+    }
+    for name, (field, rate) in busy.items():
+        slow = item._replace(step=item.step._replace(**{field: 1e6}))
+        bound, clocks = slow.critical(RATES[90])
+        assert (bound, round(clocks * rate / 1e6, 2)) == (name, 1.0)
+        assert slow.beyond(item) == [f"step {field}: 1e+06, recorded {getattr(item.step, field):g}"]
+    assert not item.beyond(item)
 
 
 @pytest.mark.parametrize("backend", model.BACKENDS)
@@ -65,8 +93,8 @@ def test_no_prediction_beats_the_work_it_schedules(backend: str, problem: Proble
     this = Prediction(problem, backend)
     one, two = this.model(), this.model(backward=True)
     for time_us, items, workers in (
-        (this.forward_us, model.forward(one, problem), one.workers),
-        (this.backward_us(), model.backward(two, problem), two.workers),
+        (this.forward_us, model.forward(one), one.workers),
+        (this.backward_us(), model.backward(two), two.workers),
     ):
         work_us = sum(item.before_us + item.after_us for item in items) / workers
         longest_us = max(item.before_us + item.after_us for item in items)
@@ -74,6 +102,6 @@ def test_no_prediction_beats_the_work_it_schedules(backend: str, problem: Proble
 
 
 def test_da_by_duration_pays_where_its_items_are_the_longer_ones() -> None:
-    narrow, wide = Prediction(KV, "cuda"), Prediction(QO, "cuda")
+    narrow, wide = Prediction(KV._replace(r=64), "cuda"), Prediction(QO, "cuda")
     assert narrow.backward_us() < 0.9 * narrow.backward_us(0.0)
     assert wide.backward_us() == wide.backward_us(0.0) <= wide.backward_us(1.5)

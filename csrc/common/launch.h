@@ -1,20 +1,14 @@
 // The host side of a kernel: tensor maps, and a persistent launch of at most one CTA per SM.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
-#include "pipeline.h"
-
-#ifdef LORA_EMULATE
-#include "../emulate/launch.h"
-#else
-
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 
 #include "device.h"
+#include "pipeline.h"
 
 namespace lora {
 
@@ -83,5 +77,3 @@ Failure launch(const Parameters& parameters, int items, int ctas, int sms, cudaS
 }
 
 }  // namespace lora
-
-#endif

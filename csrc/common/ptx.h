@@ -1,22 +1,17 @@
 // Thin names for the PTX instructions the kernels use, one instruction (or one spin) each.
 //
-// Shared memory is addressed by 32-bit shared-window addresses, never by pointers. The same names
-// exist in emulate/ptx.h, so that a kernel written against this header also runs on a CPU.
+// Shared memory is addressed by 32-bit shared-window addresses, never by pointers.
 // Source of every rule quoted here: the PTX ISA, sections "mbarrier", "Data Movement: bulk copy",
 // "wgmma" and "Memory Consistency Model: proxies".
 #pragma once
 
-#include <cstdint>
-
-#include "types.h"
-
-#ifdef LORA_EMULATE
-#include "../emulate/ptx.h"
-#else
-
 #include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "types.h"
 
 #define LORA_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define LORA_PARAMETER __grid_constant__
@@ -341,5 +336,3 @@ LORA_DEVICE float unpack<Fp16>(uint16_t bits) {
 
 }  // namespace ptx
 }  // namespace lora
-
-#endif

@@ -1,14 +1,10 @@
 // What both the host and the kernels speak of: element types, dropout, scaling, failure and stream.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 #include <string>
-
-#ifdef LORA_EMULATE
-using cudaStream_t = void*;
-#else
-#include <cuda_runtime_api.h>
-#endif
 
 namespace lora {
 

@@ -7,8 +7,6 @@
 
 #include "ptx.h"
 
-#ifndef LORA_EMULATE
-
 namespace lora::ptx {
 
 template <class Element, int kN, bool kMnA, bool kMnB>
@@ -81,5 +79,3 @@ LORA_WGMMA_N256(Fp16, "f16")
 #undef LORA_WGMMA_N256
 
 }  // namespace lora::ptx
-
-#endif

@@ -40,6 +40,19 @@ def kernels() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in map(parse, texts)}
 
 
+def mutant(folder: Path, unit: str, file: str, old: str, new: str) -> Kernel:
+    """Return the kernel of lora_linear/`unit`.cu with `old` replaced by `new` in a source of it."""
+    kernels()  # or skip, where nvcc is not
+    shutil.copytree(cuda_builds.CSRC, folder / "csrc")
+    source = folder / "csrc" / file
+    text = source.read_text()
+    assert old in text, f"{file} has changed: {old!r}"
+    source.write_text(text.replace(old, new))
+    target = folder / f"{unit}.ptx"
+    _compile(folder / f"csrc/lora_linear/{unit}.cu", target)
+    return parse(target.read_text())
+
+
 def takes(problem: Problem) -> bool:
     """Whether the backend runs `problem` where it is built and a Hopper GPU is there."""
     with pytest.MonkeyPatch.context() as patch:
@@ -138,12 +151,17 @@ def _folder() -> Path:
         library = str(folder / f"_C{cuda_builds.SUFFIX}")
         cuda_builds._run(["g++", "-shared", "-Wl,-Bsymbolic", *made, "-o", library])
         for path in sorted(cuda_builds.CSRC.glob("lora_linear/*.cu")):
-            target = folder / f"{path.stem}.ptx"
-            cuda_builds._run([nvcc, "-ptx", *_flags(), str(path), "-o", str(target)])
+            _compile(path, folder / f"{path.stem}.ptx")
 
     own = hashlib.sha256(Path(__file__).read_bytes())
     own.update((HOST / "cuda_runtime.cpp").read_bytes())
     return cuda_builds._built(f"ptx-{own.hexdigest()[:12]}", build)
+
+
+def _compile(source: Path, target: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None
+    cuda_builds._run([nvcc, "-ptx", *_flags(), str(source), "-o", str(target)])
 
 
 def _flags() -> list[str]:

@@ -45,7 +45,7 @@ class Grid:
     shared_bytes: int = 0
     resident: int = 3  # clusters that run at the same time
     seed: int = 0
-    races: bool = True
+    adversarial: bool = True  # else for counting: no races, and nothing counted hangs on chance
     strict: bool = False
     limit: int = 100_000_000  # warp instructions
 
@@ -108,7 +108,7 @@ def run(kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
         shared_bytes=kernel.static_shared + grid.shared_bytes,
         resident=grid.resident,
         seed=grid.seed,
-        races=grid.races,
+        adversarial=grid.adversarial,
         strict=grid.strict,
         limit=grid.limit,
         memory=[(*where, writable) for where, writable in memory.ranges.items()],

@@ -14,14 +14,15 @@ from ptx_machine.parse import Kernel
 class Machine:
     """Runs kernels, keeps their runs, and judges them unless `judged` is False.
 
-    `multiprocessors` bounds the CTAs of a launch, `resident` clusters run at a time. `edit` changes
-    a kernel before it runs; it must return the same object for the same kernel.
+    `multiprocessors` bounds the CTAs of a launch, `resident` clusters run at a time. One that is
+    not `adversarial` is for counting. `edit` changes a kernel before it runs; it must return the
+    same object for the same kernel.
     """
 
     seed: int = 0
     multiprocessors: int = 6
     resident: int = 3
-    races: bool = True
+    adversarial: bool = True
     strict: bool = False
     limit: int = 100_000_000
     judged: bool = True
@@ -34,7 +35,7 @@ class Machine:
             grid,
             resident=self.resident,
             seed=self.seed,
-            races=self.races,
+            adversarial=self.adversarial,
             strict=self.strict,
             limit=self.limit,
         )

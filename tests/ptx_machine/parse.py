@@ -1,6 +1,7 @@
 """PTX text to statements: labels, scopes, registers and symbols resolved, opcodes left as text."""
 
 import bisect
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,6 +61,25 @@ class Kernel:
         statements = list(self.statements)
         statements[index] = replace(statements[index], **changes)
         return replace(self, statements=statements)
+
+    def doubled(self, sites: set[int]) -> "Kernel":
+        """Return a copy in which the statements at `sites` stand twice."""
+        # Where a statement goes; a branch to one that is doubled goes to the first of the two.
+        places = [0, *itertools.accumulate(1 + (i in sites) for i in range(len(self.statements)))]
+
+        def moved(statement: Statement) -> Statement:
+            operands = tuple(
+                (tuple((k, places[v] if k == "l" else v, n) for k, v, n in parts), *rest)
+                for parts, *rest in statement.operands
+            )
+            return replace(statement, operands=operands)
+
+        doubled = [
+            moved(statement)
+            for i, statement in enumerate(self.statements)
+            for _ in range(1 + (i in sites))
+        ]
+        return replace(self, statements=doubled)
 
 
 def parse(text: str, entry: str | None = None) -> Kernel:

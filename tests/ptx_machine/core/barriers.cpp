@@ -268,12 +268,16 @@ void try_wait(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
                     std::to_string(barrier.pending) + " arrivals and " +
                     std::to_string(barrier.transactions) + " bytes");
       }
-    } else if (m.random(16) != 0) {  // it may come back without cause
+    } else if (!m.launch.adversarial || m.random(16) != 0) {  // it may come back without cause
       if (!i.number[kRelaxed]) w.known.join(barrier.complete[i.number[kClusterScope]]);
       done |= 1u << l;
     }
   }
-  if (done == lanes) w.waits_for.clear();
+  if (done == lanes) {
+    w.waits_for.clear();
+  } else {
+    --m.counts[w.pc()].executed;  // a wait counts once, however often one asks
+  }
   w.write_predicate(i.out[0], done, lanes);
 }
 

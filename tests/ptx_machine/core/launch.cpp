@@ -17,7 +17,7 @@ Machine::Machine(const Program& program, const Launch& launch, std::vector<Alloc
   parameters_ = parameter_bytes_.data() + (-reinterpret_cast<u64>(parameter_bytes_.data()) & 127);
   std::copy(parameters.begin(), parameters.end(), parameters_);
   for (const Instruction& instruction : program.code) races.lines.push_back(instruction.line);
-  races.enabled = launch.races;
+  races.enabled = launch.adversarial;
   for (Allocation& a : memory_) {
     if (a.writable) a.cells.resize(a.bytes / kCell + 2);
   }
@@ -32,7 +32,7 @@ Machine::Machine(const Program& program, const Launch& launch, std::vector<Alloc
   if (most > 0) registers_ = std::min(registers_, most);
   static constexpr u32 kQuanta[] = {1, 6, 40};
   quantum_ = kQuanta[random(3)];
-  laziness_ = random(3);
+  laziness_ = launch.adversarial ? random(3) : 0;
 }
 
 // ------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ struct Launch {
   u32 shared_bytes = 0;
   u32 resident = 3;  // clusters at a time
   u32 seed = 0;
-  bool races = true;
-  bool strict = false;  // count what the letter of the memory model does not promise
-  u64 limit = 0;        // warp instructions
+  bool adversarial = true;  // else no race is looked for, and counts depend on no chance
+  bool strict = false;      // count what the letter of the memory model does not promise
+  u64 limit = 0;            // warp instructions
 };
 
 struct Counts {
@@ -108,6 +108,7 @@ class Machine {
   void step(Warp& warp);
   void check_registers(Warp& warp, const Instruction& instruction);
   void choose_fragment(Warp& warp);
+  void part(Warp& warp);
   bool gather(Warp& warp, const Instruction& instruction);
   void merge(Warp& warp);
   void branch(Warp& warp, const Instruction& instruction, Mask taken);

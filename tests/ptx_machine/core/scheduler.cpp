@@ -53,9 +53,12 @@ u32 Machine::new_agent() {
 void Machine::sleep(Warp& warp, std::vector<Warp*>& list, std::string waits_for) {
   warp.yields = true;
   warp.waits_for = std::move(waits_for);
+  bool others = false;  // can go on
   for (size_t i = 0; i < warp.fragments.size(); ++i) {
-    if (i != warp.current && !warp.fragments[i].parked) return;  // other lanes can go on
+    others |= i != warp.current && !warp.fragments[i].parked;
+    warp.fragments[i].behind = false;
   }
+  if (others) return;
   warp.state = Warp::kAsleep;
   list.push_back(&warp);
 }
@@ -199,6 +202,7 @@ void Machine::slice(Warp& warp) {
   warp.yields = false;
   for (u32 budget = 1 + random(quantum_); budget > 0;) {
     choose_fragment(warp);
+    part(warp);
     const Flow flow = program.code[warp.pc()].flow;
     step(warp);
     if (warp.alive == 0) {
@@ -216,15 +220,33 @@ void Machine::choose_fragment(Warp& warp) {
     return;
   }
   std::vector<size_t> free;
-  for (size_t i = 0; i < warp.fragments.size(); ++i) {
-    if (!warp.fragments[i].parked) free.push_back(i);
+  for (const bool behind : {false, true}) {
+    if (!free.empty()) break;
+    for (size_t i = 0; i < warp.fragments.size(); ++i) {
+      Fragment& fragment = warp.fragments[i];
+      if (behind) fragment.behind = false;
+      if (!fragment.parked && !fragment.behind) free.push_back(i);
+    }
   }
   if (free.empty()) fail(warp, "the lanes of a warp never come together");
   warp.current = free[random(static_cast<u32>(free.size()))];
-  if (random(16) == 0) return;
+  if (launch.adversarial && random(16) == 0) return;
   for (const size_t i : free) {
     if (warp.fragments[i].pc < warp.fragments[warp.current].pc) warp.current = i;
   }
+}
+
+// Lanes may part wherever an instruction does not ask for all of them: at an access to memory some
+// fall behind until the others wait for them.
+void Machine::part(Warp& warp) {
+  const Instruction& next = program.code[warp.pc()];
+  if (!launch.adversarial || warp.fragments.size() > 1) return;
+  if (next.gathers || next.flow != Flow::kSwitch || random(32) != 0) return;
+  Fragment& here = warp.fragments[0];
+  const Mask late = here.lanes & static_cast<Mask>(generator_());
+  if (late == 0 || late == here.lanes) return;
+  here.lanes &= ~late;
+  warp.fragments.push_back({here.pc, late, false, true});
 }
 
 // Whether all lanes that an instruction wants are here; else this fragment waits for them.
@@ -244,7 +266,7 @@ void Machine::merge(Warp& warp) {
     for (size_t j = warp.fragments.size(); --j > i;) {
       if (warp.fragments[i].pc != warp.fragments[j].pc) continue;
       warp.fragments[i].lanes |= warp.fragments[j].lanes;
-      warp.fragments[i].parked = false;
+      warp.fragments[i].parked = warp.fragments[i].behind = false;
       warp.fragments.erase(warp.fragments.begin() + static_cast<long>(j));
     }
   }
@@ -308,7 +330,7 @@ void Machine::step(Warp& warp) {
         warp.fragments.erase(warp.fragments.begin() + static_cast<long>(warp.current));
         warp.current = 0;
       }
-      for (Fragment& fragment : warp.fragments) fragment.parked = false;
+      for (Fragment& fragment : warp.fragments) fragment.parked = fragment.behind = false;
       break;
     default:
       warp.again = false;

@@ -19,6 +19,7 @@ struct Fragment {
   u32 pc;
   Mask lanes;
   bool parked = false;  // waits for the rest of the warp
+  bool behind = false;  // runs when no other can
 };
 
 // cp.async: one lane's bytes on their way to shared memory.

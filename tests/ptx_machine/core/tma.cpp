@@ -103,7 +103,7 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     visit_box(map, at, to, [&](u32, u64 global, u32 bytes, bool inside) {
       if (!inside) return;
       m.touch_global(w, global, bytes, {w.agent(kRead), w.time, w.pc(), false, true});
-      m.counts[w.pc()].bytes += bytes;
+      m.counts[w.pc()].bytes += bytes * static_cast<u32>(__builtin_popcount(targets));
     });
     for (u32 target = 0; target < cluster.ctas.size(); ++target) {
       if (!(targets >> target & 1)) continue;

@@ -1,7 +1,9 @@
-"""Builds lora_kernels._C from csrc/ where nvcc and ninja are; else the package installs without.
+"""Builds what csrc/ has for the tools that are there; the package installs without them, too.
 
-Needs neither a GPU nor a CUDA build of PyTorch. LORA_KERNELS_CUDA=0 skips the extension. What
-headers a source includes, nvcc itself tells ninja: after a change only what it concerns is rebuilt.
+lora_kernels._C, the CUDA kernels, takes nvcc and ninja, but neither a GPU nor a CUDA build of
+PyTorch. LORA_KERNELS_CUDA=0 skips it. What headers a source includes, nvcc itself tells ninja:
+after a change only what it concerns is rebuilt. lora_kernels._cpu, a C library, takes a C++
+compiler.
 """
 
 import os
@@ -25,7 +27,11 @@ FLAGS = (
     "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
 )  # fmt: skip
 OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
-REASON_FILE = "no_extension.txt"  # lora_kernels/extension.py reads it
+CPU = Extension(
+    "lora_kernels._cpu", ["csrc/cpu/dropout.cpp"], optional=True,
+    extra_compile_args=["-std=c++17", "-O3"],
+)  # fmt: skip
+REASON_FILE, CPU_REASON_FILE = "no_extension.txt", "no_cpu_extension.txt"  # extension.py reads them
 RULES = """\
 rule compile
   command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out
@@ -66,6 +72,11 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Bring the shared library up to date where setuptools expects it."""
+        if ext is CPU:
+            leave_word(self, CPU_REASON_FILE, "the C++ compiler is missing or failed")
+            super().build_extension(ext)  # where it raises, setuptools prints why and goes on
+            leave_word(self, CPU_REASON_FILE, None)
+            return
         import pybind11
 
         assert isinstance(TOOLS, Tools)
@@ -94,26 +105,37 @@ def rules(nvcc: str, includes: list[str], folder: Path, target: Path) -> str:
 
 
 class BuildPython(build_py):
-    """Leaves word beside the package why it has no extension."""
+    """Leaves word beside the package why it has no CUDA extension."""
 
     def run(self) -> None:
         """Copy the package, and the reason."""
         super().run()
-        root = CSRC.parent if self.editable_mode else Path(self.build_lib)
-        reason = root / "lora_kernels" / REASON_FILE
-        if isinstance(TOOLS, str):
-            reason.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(TOOLS)
-        else:
-            reason.unlink(missing_ok=True)
+        leave_word(self, REASON_FILE, TOOLS if isinstance(TOOLS, str) else None)
+
+
+def leave_word(command: build_ext | build_py, name: str, reason: str | None) -> None:
+    """Write beside the package why something was not built, or remove what was written."""
+    in_place = command.editable_mode or getattr(command, "inplace", False)
+    root = CSRC.parent if in_place else Path(command.build_lib)
+    file = root / "lora_kernels" / name
+    if reason is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(reason)
 
 
 TOOLS = find_tools()
 if isinstance(TOOLS, str):
     print(f"lora_kernels: no CUDA extension, {TOOLS}")
 setup(
-    ext_modules=[Extension("lora_kernels._C", [str(s.relative_to(CSRC.parent)) for s in SOURCES])]
-    if isinstance(TOOLS, Tools)
-    else [],
+    ext_modules=[
+        CPU,
+        *(
+            [Extension("lora_kernels._C", [str(s.relative_to(CSRC.parent)) for s in SOURCES])]
+            if isinstance(TOOLS, Tools)
+            else []
+        ),
+    ],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
 )

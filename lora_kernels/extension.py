@@ -1,11 +1,18 @@
-"""Lazy access to the compiled extension `lora_kernels._C`, and the reason when it is absent."""
+"""Lazy access to what is compiled, and the reason when it is absent.
 
+`lora_kernels._C` has the CUDA kernels, `lora_kernels._cpu` is a C library for the CPU.
+"""
+
+import ctypes
 import functools
 import importlib
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-_REASON = Path(__file__).with_name("no_extension.txt")  # where setup.py built none, it says why
+# Where setup.py built none, it says why.
+_REASON = Path(__file__).with_name("no_extension.txt")
+_NO_CPU_REASON = Path(__file__).with_name("no_cpu_extension.txt")
 
 
 @functools.cache
@@ -41,3 +48,22 @@ def load() -> ModuleType:
     if isinstance(loaded, ImportError):
         raise loaded
     return loaded
+
+
+@functools.cache
+def load_cpu() -> ctypes.CDLL | str:
+    """Return the library compiled for the CPU, or why it is absent: then PyTorch's operators serve.
+
+    A call through ctypes gives up the GIL.
+    """
+    found = importlib.util.find_spec("lora_kernels._cpu")
+    if found is None or found.origin is None:
+        no_reason = "it takes a C++ compiler at installation"
+        why = _NO_CPU_REASON.read_text() if _NO_CPU_REASON.exists() else no_reason
+        return f"the CPU extension lora_kernels._cpu is not built: {why}"
+    try:
+        library = ctypes.CDLL(found.origin)
+        library.lora_drop.restype = None
+    except (OSError, AttributeError) as error:
+        return f"the CPU extension lora_kernels._cpu does not load: {error}"
+    return library

@@ -32,6 +32,8 @@ def _report() -> Iterator[str]:
     yield f"lora_kernels {lora_kernels.__version__} · Python {platform.python_version()}"
     yield "packages    " + " · ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     yield f"extension   {extension.why_absent() or 'loaded'}"
+    cpu = extension.load_cpu()
+    yield f"CPU routine {cpu if isinstance(cpu, str) else 'loaded'}"
     yield f"CUDA        {torch.version.cuda or 'this PyTorch is a CPU build'}"
     for i in range(torch.cuda.device_count()):
         yield f"GPU {i}       {torch.cuda.get_device_name(i)} (sm_{arch(torch.device('cuda', i))})"

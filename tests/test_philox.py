@@ -1,15 +1,23 @@
 """The dropout mask: Random123's known answers, independent code, and statistics."""
 
+import ctypes
 import math
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.ops.lora_linear.philox import keep_mask, philox4x32, threshold
+from lora_kernels import extension
+from lora_kernels.ops.lora_linear.philox import drop, keep_mask, philox4x32, threshold
 
 WORD = 2**32 - 1
+SOURCE = Path(__file__).parent.parent / "csrc" / "cpu" / "dropout.cpp"
 
 
 def plain_philox(counter: tuple[int, ...], seed: int) -> list[int]:
@@ -160,6 +168,134 @@ def test_the_seed_is_left_alone() -> None:
     seed = torch.tensor([5])
     keep_mask(seed, 0.5, range(4), range(4))
     assert seed.tolist() == [5]
+
+
+# --- drop(): PyTorch's operators and the compiled routine, to the bit ---------------------------
+
+
+def compiled(source: str, folder: Path) -> ctypes.CDLL:
+    """The routine as setup.py compiles it, from this tree or with a mistake in it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "dropout.cpp"
+    path.write_text(source)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-o", str(folder / "dropout.so")]
+    try:
+        subprocess.run([*compiler, *flags, str(path)], check=True)
+    except FileNotFoundError:
+        pytest.skip("needs a C++ compiler")
+    library = ctypes.CDLL(str(folder / "dropout.so"))
+    return library
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("cpu")
+    return {"operators": "no library", "compiled": compiled(SOURCE.read_text(), folder)}
+
+
+TILES: list[tuple[int, float, range, range]] = [
+    (5, 0.3, range(7), range(13)),
+    (2**32 + 5, 0.1, range(3, 5), range(3, 1500)),  # past a chunk of 512, within a group
+    (2**63 - 1, 0.5, range(2**32 - 2, 2**32 + 2), range(8, 24)),
+    (2**40, 0.0, range(2), range(9)),
+    (1, 2.0**-16, range(16), range(1024)),
+    (1, math.nextafter(1.0, 0.0), range(16), range(1024)),
+    (6, 0.4, range(4), range(1023, 1025)),
+    (7, 0.4, range(0), range(8)),
+    (7, 0.4, range(8), range(0)),
+]
+
+
+def assert_drops(tile: tuple[int, float, range, range]) -> None:
+    number, p, rows, columns = tile
+    seed, size = torch.tensor([number]), (len(rows), len(columns))
+    keep = keep_mask(seed, p, rows, columns)
+    wide = torch.randn(size[0], 2 * size[1] + 3, dtype=torch.float64)
+    for layout in (
+        lambda t: t[:, 2 : 2 + size[1]],
+        lambda t: t[:, 1 : 1 + 2 * size[1] : 2],
+        lambda t: t[:, : size[1]].t().contiguous().t(),
+    ):
+        tiles = [
+            layout(wide.to(dtype))
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        ]
+        before = [t.clone() for t in tiles]
+        for got, given_, same in zip(
+            drop(seed, p, rows, columns, *tiles), tiles, before, strict=True
+        ):
+            assert got.dtype == given_.dtype
+            assert torch.equal(given_, same)
+            assert torch.equal(got, torch.where(keep, given_, 0))
+            assert not torch.signbit(got[~keep]).any()  # zero, and not minus zero
+
+
+def assert_all_drop() -> None:
+    for tile in TILES:
+        assert_drops(tile)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("how", ["operators", "compiled"])
+def test_drop_zeroes_what_the_mask_drops(
+    how: str, tile: tuple, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "load_cpu", lambda: libraries[how])
+    assert_drops(tile)
+
+
+@pytest.mark.parametrize("how", ["operators", "compiled"])
+def test_what_is_dropped_is_zero_even_where_it_is_not_finite(
+    how: str, libraries: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "load_cpu", lambda: libraries[how])
+    seed, tile = torch.tensor([5]), (range(16), range(16))
+    keep = keep_mask(seed, 0.5, *tile)
+    for value in (math.inf, -math.inf, math.nan):
+        (got,) = drop(seed, 0.5, *tile, torch.full((16, 16), value))
+        assert torch.equal(got.isfinite(), ~keep)
+        assert (got[~keep] == 0).all()
+
+
+MISTAKES: dict[str, tuple[str, str]] = {
+    "multiplier": ("0xD2511F53u", "0xD2511F51u"),
+    "key": ("0xBB67AE85u", "0xBB67AE86u"),
+    "rounds": ("kRounds = 10", "kRounds = 9"),
+    "seed of 32 bits": ("seed >> 32", "seed >> 63"),
+    "row of 32 bits": ("row >> 32", "row >> 63"),
+    "threshold": ("number[i] >= threshold", "number[i] > threshold"),
+    "group": ("mask + (begin - start)", "mask"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_shows(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong = MISTAKES[mistake]
+    source = SOURCE.read_text()
+    assert source.count(right) == 1
+    library = compiled(source.replace(right, wrong), tmp_path)
+    monkeypatch.setattr(extension, "load_cpu", lambda: library)
+
+    with pytest.raises(AssertionError):
+        assert_all_drop()
+
+
+def test_a_library_that_cannot_serve_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(path: Path | None) -> str:
+        spec = None if path is None else type("Spec", (), {"origin": str(path)})
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+        return str(extension.load_cpu.__wrapped__())
+
+    assert "_cpu is not built" in found(None)
+    (tmp_path / "broken.so").write_text("nothing")
+    assert "_cpu does not load" in found(tmp_path / "broken.so")
+    compiled(SOURCE.read_text().replace("lora_drop", "another"), tmp_path)
+    assert "_cpu does not load: " in found(tmp_path / "dropout.so")
 
 
 @pytest.mark.gpu

@@ -18,10 +18,11 @@ SMALL = {
     "common/both.h": "#pragma once\nconst int both = 1;\n",
     "common/own.h": "#pragma once\nconst int own = 2;\n",
 }
+NO_COMPILER = {"CC": "/no/compiler", "CXX": "/no/compiler"}
 NO_TOOLS = {  # environment, the programs that are hidden, the reason that is given
     "switched off": ({"LORA_KERNELS_CUDA": "0"}, (), "LORA_KERNELS_CUDA=0"),
-    "no nvcc": ({"CUDA_HOME": ""}, ("nvcc",), "nvcc was not found"),
-    "no ninja": ({}, ("ninja",), "ninja was not found"),
+    "no nvcc": ({"CUDA_HOME": "", **NO_COMPILER}, ("nvcc",), "nvcc was not found"),
+    "no ninja": (NO_COMPILER, ("ninja",), "ninja was not found"),
 }
 
 SITE = """
@@ -62,7 +63,7 @@ def compiled_by(project: Path) -> set[str]:
     assert done.returncode == 0, done.stdout + done.stderr
     assert (project / "lib/lora_kernels" / f"_C{SUFFIX}").exists()
     linked = {"link"} if " -shared " in done.stdout else set()
-    return linked | set(re.findall(r" -c \S*/(\S+) -o ", done.stdout))
+    return linked | set(re.findall(r"nvcc .* -c \S*/(\S+) -o ", done.stdout))
 
 
 def change(project: Path, name: str, text: str) -> None:
@@ -140,10 +141,13 @@ def test_without_the_tools_the_package_installs_and_says_what_is_missing(
     log = installed.stdout + installed.stderr
     assert installed.returncode == 0, log
     assert f"lora_kernels: no CUDA extension, {reason}" in log
-    assert not list(target.rglob("*.so"))
+    built = {path.name.partition(".")[0] for path in target.rglob("*.so")}
+    assert built == (set() if "CXX" in variables else {"_cpu"})
     info = subprocess.run(
         [sys.executable, "-m", "lora_kernels.info"],
         env={**environment, "PYTHONPATH": f"{target}{os.pathsep}{tmp_path}"}, cwd=tmp_path,
         capture_output=True, text=True,
     )  # fmt: skip
     assert f"lora_kernels._C is not built: {reason}" in info.stdout, info.stdout + info.stderr
+    missing = "lora_kernels._cpu is not built: the C++ compiler is missing or failed"
+    assert (missing if "CXX" in variables else "CPU routine loaded") in info.stdout

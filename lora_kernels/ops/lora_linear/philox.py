@@ -7,8 +7,12 @@ Sixteen bits resolve p to 2⁻¹⁶ at half the price of a word per element. Sou
 "Parallel random numbers: as easy as 1, 2, 3", SC'11. Every backend implements this, bit for bit.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
+
+from lora_kernels import extension
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -75,6 +79,47 @@ def keep_mask(
     halves = packed.view(torch.int16).bitwise_xor_(-(2**15))
     skip = columns.start % GROUP
     return halves.flatten(1)[:, skip : skip + len(columns)] >= threshold(p) - 2**15
+
+
+def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> list[Tensor]:
+    """Return tiles of x's shape with the dropped elements zeroed, the others as they are.
+
+    `out[m, k] = tile[m, k] if keep[m, k] else 0`, with the mask of `keep_mask`. On the CPU a
+    compiled routine does it in one pass where it was built, else PyTorch's operators do.
+
+    Args:
+        seed, p, rows, columns: as in `keep_mask`.
+        tiles: [len(rows), len(columns)] each, floating, all on one device.
+    """
+    library = extension.load_cpu() if tiles[0].device.type == "cpu" else ""
+    if isinstance(library, str):
+        keep = keep_mask(seed, p, rows, columns, tiles[0].device)
+        return [torch.where(keep, tile, 0) for tile in tiles]
+    tiles = tuple(t if t.stride(1) == 1 else t.contiguous() for t in tiles)
+    kept = [torch.empty_like(tile, memory_format=torch.contiguous_format) for tile in tiles]
+    described = [
+        _Tile(t.data_ptr(), t.stride(0) * t.itemsize, out.data_ptr(), out.stride(0) * t.itemsize,
+            t.itemsize)
+        for t, out in zip(tiles, kept, strict=True)
+    ]  # fmt: skip
+    library.lora_drop(
+        ctypes.c_uint64(int(seed)), ctypes.c_uint16(threshold(p)),
+        *map(ctypes.c_int64, (rows.start, len(rows), columns.start, len(columns))),
+        (_Tile * len(tiles))(*described), ctypes.c_int64(len(tiles)),
+    )  # fmt: skip
+    return kept
+
+
+class _Tile(ctypes.Structure):
+    """`Tile` of csrc/cpu/dropout.cpp."""
+
+    _fields_ = (
+        ("from", ctypes.c_void_p),
+        ("from_stride", ctypes.c_int64),
+        ("to", ctypes.c_void_p),
+        ("to_stride", ctypes.c_int64),
+        ("itemsize", ctypes.c_int64),
+    )
 
 
 def seed_tensor(seed: int | Tensor | None, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
-from lora_kernels.ops.lora_linear.philox import GROUP, keep_mask
+from lora_kernels.ops.lora_linear.philox import GROUP, drop, keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
 
 # Elements of a converted or masked block. On the CPU a block and what is computed from it stay in
@@ -39,8 +39,8 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
         p = lora_a.new_empty(m, lora_a.shape[0])
         for rows in _blocks(m, k, x.device):
             block = slice(rows.start, rows.stop)
-            keep = keep_mask(seed, dropout_p, rows, range(k), x.device)
-            p[block] = _project(x[block] * keep, lora_a.t(), factor)
+            (dropped,) = drop(seed, dropout_p, rows, range(k), x[block])
+            p[block] = _project(dropped, lora_a.t(), factor)
     if p.dtype == y.dtype:
         y.addmm_(p, lora_b.t(), alpha=power)
     else:
@@ -75,13 +75,16 @@ def backward(call: Backward) -> Gradients:
 
     if x is not None:
         da = q.new_empty(r, k)
-    for columns in _blocks(k, m, dy.device):  # one mask serves keep(Q·A) and keep(x)
-        keep = keep_mask(seed, dropout_p, range(m), columns, dy.device)
+    for columns in _blocks(k, m, dy.device):  # one mask serves drop(Q·A) and drop(x)
         block = slice(columns.start, columns.stop)
+        tiles = [] if x is None else [x[:, block]]
         if dx is not None and lora_a is not None:
-            dx[:, block] += _product(q, lora_a[:, block], power).mul_(keep)
-        if x is not None and da is not None:
-            da[:, block] = _correlate(q, x[:, block] * keep, power)
+            tiles.append(_product(q, lora_a[:, block], power))
+        kept = drop(seed, dropout_p, range(m), columns, *tiles)
+        if dx is not None and lora_a is not None:
+            dx[:, block] += kept.pop()
+        if da is not None:
+            da[:, block] = _correlate(q, kept.pop(), power)
     return Gradients(dx, da, db)
 
 
@@ -153,6 +156,13 @@ def _add_wider_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -
 
 def _correlate(left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """Return `alpha·leftᵀ·right` in the wider of both dtypes: [M,L]ᵀ·[M,C] -> [L,C]."""
+    if (
+        left.is_cpu
+        and left.shape[1] > right.shape[1]
+        and torch.float32 in (left.dtype, right.dtype)
+    ):
+        # Its fp32 BLAS is faster with the skinny operand on the left.
+        return _correlate(right, left, alpha).t().contiguous()
     if left.dtype == right.dtype:
         return _product(left.t(), right, alpha)
     (m, rows_out), columns_out = left.shape, right.shape[1]

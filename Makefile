@@ -60,7 +60,7 @@ clean:  ## Remove what the commands above made.
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A PyTorch that $(PYTHON) already has (a GPU image's, say) is used as it is; else TORCH is installed.
-$(READY): pyproject.toml setup.py Makefile
+$(READY): pyproject.toml setup.py csrc/cpu/dropout.cpp Makefile
 	$(PYTHON) -m venv $(VENV)
 	@$(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
 	  > $(VENV)/host 2>/dev/null \

@@ -17,11 +17,12 @@ from bench.results import RESULTS, device_folder, load, machine
 
 ROOT = Path(__file__).parent.parent
 LAYER, STEP = "bench/bench_lora_linear.py", "bench/bench_decoder_layer.py"
+PAIRS = "bench/bench_peft.py"
 NOTHING_SELECTED = 5  # pytest's exit status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite; the exit status is pytest's: 1 if a backend of this project was wrong."""
+    """Run the suite; the exit status is 1 if this project was wrong, or slower than PEFT."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("-k", metavar="EXPRESSION", help="select rows, as pytest does")
     parser.add_argument("--table", choices=sorted(TABLES), help="cases (default: this device's)")
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         raw_path = Path(scratch) / "raw.json"
-        status = _pytest([STEP, LAYER], raw_path, options, started)
+        status = _pytest([STEP, PAIRS, LAYER], raw_path, options, started)
         if not raw_path.exists():
             print("no row was timed")
             return status

@@ -111,7 +111,7 @@ def time_calls(calls: dict[str, Call], device: torch.device, seconds: float) -> 
             "x_frozen": median_s / frozen_s,
             "noise": abs(again_s / frozen_s - 1),
         }
-        rows[name] = Row(info | _device_facts(calls[name], device), sample.device)
+        rows[name] = Row(info | device_facts(calls[name], device), sample.device)
     return rows
 
 
@@ -220,7 +220,7 @@ def work(case: Case, direction: str, *, adapter: bool) -> tuple[int, int]:
     )
 
 
-def _device_facts(call: Call, device: torch.device) -> dict[str, Any]:
+def device_facts(call: Call, device: torch.device) -> dict[str, Any]:
     """Return the launches, and the peak memory beyond what was there before; None off CUDA."""
     if device.type != "cuda":
         return {"launches": None, "peak_mib": None}

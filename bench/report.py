@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plots import plot
-from bench.results import RESULTS, Results, load, newest
+from bench.results import RESULTS, Results, load, newest, too_slow
 
 ROOT = Path(__file__).parent.parent
 OURS = "lora_kernels"
@@ -27,6 +27,8 @@ _WORDS = (
     "N × K",
     "item",
     "bound by",
+    "kind",
+    "left to PEFT because",
 )  # columns that are not numbers
 _DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 Row = dict[str, Any]
@@ -104,7 +106,25 @@ def summary(results: Results) -> str:
                 ),
             ),
         ]
+    if results.pairs:
+        blocks += ["**Every kind of PEFT layer**, fused, time over PEFT's own:", _pairs(results)]
     return "\n\n".join([*blocks, _provenance(results)])
+
+
+def _pairs(results: Results) -> str:
+    """Return a table of fused over PEFT: a line for each kind of layer."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in results.pairs:
+        line = cells.setdefault(row["case"].removeprefix("peft."), {})
+        spread = f"{row['x_peft_p20']:.2f}–{row['x_peft_p80']:.2f}"
+        mark = "" if too_slow(row) is None else " **slower**"
+        line[row["direction"]] = f"{row['x_peft']:.2f} ({spread}){mark}"
+        line["left to PEFT"] = row["left"] or ""
+    columns = ["forward", "both", "left to PEFT"]
+    return markdown(
+        ["kind", "forward", "forward + backward", "left to PEFT because"],
+        ([name, *(line.get(column, "–") for column in columns)] for name, line in cells.items()),
+    )
 
 
 def _ratios(results: Results, direction: str) -> str:
@@ -142,7 +162,8 @@ def _provenance(results: Results) -> str:
     chip = machine["device"]
     if machine["device_type"] == "cpu":
         chip = f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads"
-    noise = statistics.median(row["noise"] for row in results.rows) if results.rows else 0.0
+    rows = results.rows or results.pairs
+    noise = statistics.median(row["noise"] for row in rows) if rows else 0.0
     versions = [f"{name} {version}" for name, version in machine["packages"].items() if version]
     if machine["driver"]:
         versions.insert(0, f"driver {machine['driver']}")

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+ASKING_US = 2.0  # of Python, at every call of a layer that is left to PEFT
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
 class Results(NamedTuple):
-    """A results file: `rows` were timed, `untimed` say why not."""
+    """A results file: `rows` were timed, `pairs` beside PEFT, and `untimed` say why not."""
 
     path: Path
     machine: dict[str, Any]
@@ -23,6 +24,7 @@ class Results(NamedTuple):
     datetime: str
     rows: list[dict[str, Any]]
     untimed: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
 
 
 def load(path: Path) -> Results:
@@ -34,13 +36,15 @@ def load(path: Path) -> Results:
     try:
         raw = json.loads(path.read_text())
         commit = raw["commit_info"]
+        timed = [b["extra_info"] | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"]]
         return Results(
             path,
             raw["machine_info"],
             f"{commit['id'][:12]}{'-dirty' if commit.get('dirty') else ''}",
             raw["datetime"][:19],
-            [b["extra_info"] | {"rounds": b["stats"]["rounds"]} for b in raw["benchmarks"]],
+            [row for row in timed if "x_peft" not in row],
             raw["untimed"],
+            [row for row in timed if "x_peft" in row],
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a results file of this suite: {error!r}") from error
@@ -54,6 +58,17 @@ def newest(device_type: str, folder: Path = RESULTS) -> Results | None:
         key=lambda results: results.datetime,
         default=None,
     )
+
+
+def too_slow(pair: dict[str, Any]) -> str | None:
+    """Return in what a pair breaks the promise to be never slower than PEFT, or None.
+
+    Slower by more than its noise; where PEFT's own code ran, asking whether to fuse is allowed for.
+    """
+    allowed = pair["noise"] + (ASKING_US / pair["peft_us"] if pair["left"] else 0.0)
+    if pair["x_peft"] <= 1 + allowed:
+        return None
+    return f"slower: {pair['x_peft']:.3f} of PEFT's time, beyond the noise of {allowed:.1%}"
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Shared by every test: one hypothesis profile, the gpu marker and the devices there are."""
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -42,6 +43,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_choice_from_another_test() -> None:
     dispatch.forget()
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_run_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "lora_kernels.peft.layer" in sys.modules:
+        monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -41,11 +41,6 @@ from lora_kernels.testing import assert_accurate
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
 
-@pytest.fixture(autouse=True)
-def small_x_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
-
-
 class Alike(nn.Linear):
     """Keeps the forward of `nn.Linear`."""
 
@@ -248,16 +243,19 @@ def test_several_adapters_under_dropout_are_left_to_peft() -> None:
     assert_close_to_peft(fused, plain, x_for(plain))
 
 
-@pytest.mark.parametrize("kind", ["two active", "lora_bias", "kasa", "bdlora"])
-def test_a_few_rows_are_left_to_peft_where_factors_are_made_anew(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["two active", "lora_bias", "kasa", "bdlora", "mica", "dora"])
+def test_a_few_rows_are_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 64)
     fused, plain = both(KINDS[kind])
-    layer = fused.base_model.model.up
-    assert "fewer than 64 rows" in str(why_not(layer, x_for(plain, 7, 9, K)))
+    layer, few = fused.base_model.model.up, x_for(plain, 7, 9, K)
+    assert "fewer than 64 rows, for which PEFT's code is faster on a CPU" in why_not(layer, few)
     assert why_not(layer, x_for(plain, 8, 8, K)) is None
-    assert_same_as_peft(fused, plain, x_for(plain, 7, 9, K))
+    assert_same_as_peft(fused, plain, few)
+    elsewhere = why_not(layer, few.to("meta"))
+    if kind in ("mica", "dora"):
+        assert elsewhere is None
+    else:  # whose factors are made anew at every call
+        assert "fewer than 64 rows" in str(elsewhere)
 
 
 def test_kasa_waits_for_its_truncation() -> None:

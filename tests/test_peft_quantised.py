@@ -375,7 +375,6 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 def test_kinds_of_adapter_combine_with_kinds_of_base(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
     fused, plain = (model(name, bf16, fp32, bf16, lora_bias=True) for _ in range(2))
     assert len(fuse(fused).fused) == 2
     reference = densified(plain, bf16, fp64)

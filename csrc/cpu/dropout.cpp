@@ -54,12 +54,19 @@ void numbers(const Key& key, uint64_t row, int64_t first_group, int64_t groups, 
   }
 }
 
-// Writes the elements whose mask is -1, and zero where it is 0.
+// Writes the elements whose mask is -1, and their product with zero where it is 0: zero of the same
+// sign, or NaN for what is not finite.
 template <class Word>
-void keep(const int16_t* mask, const char* from, char* to, int64_t count) {
+void keep(const int16_t* mask, int64_t exponent, const char* from, char* to, int64_t count) {
+  const Word ones = static_cast<Word>(exponent);
+  const Word sign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
   const Word* source = reinterpret_cast<const Word*>(from);
   Word* kept = reinterpret_cast<Word*>(to);
-  for (int64_t i = 0; i < count; ++i) kept[i] = source[i] & static_cast<Word>(mask[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    const Word dropped = static_cast<Word>(~static_cast<Word>(mask[i]));
+    const Word nan = (source[i] & ones) == ones ? static_cast<Word>(~sign) : Word{0};
+    kept[i] = (source[i] & (static_cast<Word>(~dropped) | sign)) | (dropped & nan);
+  }
 }
 
 }  // namespace
@@ -71,6 +78,7 @@ struct Tile {
   char* to;
   int64_t to_stride;
   int64_t itemsize;  // 2, 4 or 8
+  int64_t exponent;  // the bits that are all set in what is not finite
 };
 
 extern "C" void lora_drop(uint64_t seed, uint16_t threshold, int64_t first_row, int64_t rows,
@@ -90,10 +98,10 @@ extern "C" void lora_drop(uint64_t seed, uint16_t threshold, int64_t first_row, 
       for (const Tile* tile = tiles; tile != tiles + count; ++tile) {
         const char* from = tile->from + row * tile->from_stride + begin * tile->itemsize;
         char* to = tile->to + row * tile->to_stride + begin * tile->itemsize;
-        const auto function = tile->itemsize == 2   ? keep<int16_t>
-                              : tile->itemsize == 4 ? keep<int32_t>
-                                                    : keep<int64_t>;
-        function(mask + (begin - start), from, to, end - begin);
+        const auto function = tile->itemsize == 2   ? keep<uint16_t>
+                              : tile->itemsize == 4 ? keep<uint32_t>
+                                                    : keep<uint64_t>;
+        function(mask + (begin - start), tile->exponent, from, to, end - begin);
       }
     }
   }

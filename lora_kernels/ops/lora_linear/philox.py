@@ -82,9 +82,9 @@ def keep_mask(
 
 
 def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> list[Tensor]:
-    """Return tiles of x's shape with the dropped elements zeroed, the others as they are.
+    """Return tiles of x's shape with the dropped elements times zero, the others as they are.
 
-    `out[m, k] = tile[m, k] if keep[m, k] else 0`, with the mask of `keep_mask`. On the CPU a
+    `out[m, k] = tile[m, k] · keep[m, k]`, with the mask of `keep_mask`. On the CPU a
     compiled routine does it in one pass where it was built, else PyTorch's operators do.
 
     Args:
@@ -94,20 +94,30 @@ def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) ->
     library = extension.load_cpu() if tiles[0].device.type == "cpu" else ""
     if isinstance(library, str):
         keep = keep_mask(seed, p, rows, columns, tiles[0].device)
-        return [torch.where(keep, tile, 0) for tile in tiles]
+        return [tile * keep for tile in tiles]
     tiles = tuple(t if t.stride(1) == 1 else t.contiguous() for t in tiles)
     kept = [torch.empty_like(tile, memory_format=torch.contiguous_format) for tile in tiles]
     described = [
-        _Tile(t.data_ptr(), t.stride(0) * t.itemsize, out.data_ptr(), out.stride(0) * t.itemsize,
-            t.itemsize)
+        _Tile(
+            *(t.data_ptr(), t.stride(0) * t.itemsize, out.data_ptr(), out.stride(0) * t.itemsize),
+            *(t.itemsize, _EXPONENTS[t.dtype]),
+        )
         for t, out in zip(tiles, kept, strict=True)
-    ]  # fmt: skip
+    ]
     library.lora_drop(
         ctypes.c_uint64(int(seed)), ctypes.c_uint16(threshold(p)),
         *map(ctypes.c_int64, (rows.start, len(rows), columns.start, len(columns))),
         (_Tile * len(tiles))(*described), ctypes.c_int64(len(tiles)),
     )  # fmt: skip
     return kept
+
+
+_EXPONENTS = {
+    torch.bfloat16: 0x7F80,
+    torch.float16: 0x7C00,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+}
 
 
 class _Tile(ctypes.Structure):
@@ -119,6 +129,7 @@ class _Tile(ctypes.Structure):
         ("to", ctypes.c_void_p),
         ("to_stride", ctypes.c_int64),
         ("itemsize", ctypes.c_int64),
+        ("exponent", ctypes.c_int64),
     )
 
 

@@ -91,12 +91,12 @@ def backward(call: Backward) -> Gradients:
 def compose(call: Forward) -> Tensor:
     """Return y of one token, x (..., K) -> y (..., N), differentiable by autograd alone.
 
-    No dropout, one dtype; `y = x·Wᵀ (+ bias) + s·(x·Aᵀ)·Bᵀ`, s in the last product's fp32 sums.
+    No dropout, one dtype; `y = x·Wᵀ (+ bias) + s·(x·Aᵀ)·Bᵀ`, s as the last product is added.
     """
     x, weight, lora_a, lora_b, bias, *_ = call
     row = x if x.dim() == 2 else x.reshape(1, -1)
     y = F.linear(row, weight, bias)
-    y = y.addmm_(F.linear(row, lora_a), lora_b.t(), alpha=call.scaling)
+    y = y.add_(F.linear(F.linear(row, lora_a), lora_b), alpha=call.scaling)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 

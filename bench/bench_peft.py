@@ -1,0 +1,197 @@
+"""Every kind of PEFT layer, fused beside PEFT's own code: forward, and forward + backward.
+
+Both run on the same parameters in the same rounds, PEFT twice. A row is the median of the rounds'
+own ratios, its noise what PEFT differs from itself by. Fused and slower by more than that is a
+failure of the run: then `fuse` has to leave the kind to PEFT.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.cases import short
+from bench.compare import LEAST
+from bench.measure import OUT_OF_TIME, Row, attempt, device_facts
+from bench.peft_cases import CASES, SIZES, PeftCase, Sizes
+from bench.results import too_slow
+from bench.timing import Call, interleave
+from lora_kernels.testing import assert_accurate, fp64
+
+PEFT, AGAIN, FUSED = "peft", "peft.again", "lora_kernels"
+
+
+def measure_pair(
+    case: PeftCase, sizes: Sizes, device: torch.device, seconds: float
+) -> dict[str, Row]:
+    """Return the row of every direction, after the accuracy gate."""
+    from lora_kernels.peft import fuse, why_not
+
+    if (absent := case.why_not()) is not None:
+        return {d: Row(facts(case, sizes, d), [], f"absent: {absent}") for d in case.directions}
+    plain, x = case.layer(sizes, device), case.x(sizes, device)
+    shared = {id(p): p for p in plain.parameters()}
+    holder = nn.Sequential(copy.deepcopy(plain, shared))  # both multiply by the same memory
+    fuse(holder)
+    fused = holder[0]
+    layers = {PEFT: plain, AGAIN: plain, FUSED: fused}
+    dy = torch.randn(x.shape[0], sizes.n, device=device, dtype=x.dtype)
+    with _context(case, device):
+        left = why_not(fused, x)
+    error = gate(case, plain, fused, x, dy)
+    rows = {}
+    for direction in case.directions:
+        timed = functools.partial(run, case, direction, x=x, dy=dy)
+        calls = {name: Call(lambda i, layer=layer: layer, timed) for name, layer in layers.items()}
+        samples = dict(zip(calls, interleave(list(calls.values()), device, seconds), strict=True))
+        info = facts(case, sizes, direction) | {"error": error, "left": left}
+        info |= beside({name: sample.device for name, sample in samples.items()})
+        info |= {"peak_mib": device_facts(calls[FUSED], device)["peak_mib"]}
+        info |= {"peft_peak_mib": device_facts(calls[PEFT], device)["peak_mib"]}
+        rows[direction] = Row(info, samples[FUSED].device)
+    return rows
+
+
+def run(
+    case: PeftCase, direction: str, layer: nn.Module, x: Tensor, dy: Tensor
+) -> tuple[Tensor, ...]:
+    """Run a direction; return y and, after a backward, the gradients of x and what trains."""
+    with _context(case, x.device):
+        x = x.detach().requires_grad_(case.train)
+        y = layer(x)
+    if direction == "forward":
+        return (y,)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return y, *torch.autograd.grad(y, (x, *trained), dy.to(y.dtype))
+
+
+def _context(case: PeftCase, device: torch.device) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    if case.autocast:
+        stack.enter_context(torch.autocast(device.type, case.dtype))
+    if not case.train:
+        stack.enter_context(torch.no_grad())
+    return stack
+
+
+def gate(case: PeftCase, plain: nn.Module, fused: nn.Module, x: Tensor, dy: Tensor) -> float:
+    """Judge y and every gradient by PEFT's in float64; dropout is off, for PEFT draws its own mask.
+
+    Raises:
+        AssertionError: a result is not accurate.
+    """
+    results = []
+    for layer in (fused, in_float64(plain), plain):
+        dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout)]
+        exact = layer is not fused and layer is not plain
+        operands = (x.double(), dy.double()) if exact else (x, dy)
+        kept = [m.p for m in dropouts]
+        for m in dropouts:
+            m.p = 0.0
+        how = case._replace(autocast=False) if exact else case
+        results.append(run(how, case.directions[-1], layer, *operands))
+        for m, p in zip(dropouts, kept, strict=True):
+            m.p = p
+    error = 0.0
+    for i, (got, want, eager) in enumerate(zip(*results, strict=True)):
+        assert got.dtype == eager.dtype, f"result {i}: {got.dtype}, PEFT's is {eager.dtype}"
+        # Autocast rounds to 16 bits what it then hands over in fp32.
+        assert_accurate(f"result {i}", got, want.detach().cpu(), eager.detach().to(x.dtype))
+        error = max(error, ((got.to(fp64) - want).abs().max() / want.abs().max()).item())
+    return error
+
+
+def in_float64(layer: Any) -> Any:
+    """Return a PEFT layer in float64, a quantised base as the dense weight that it stands for."""
+    from peft.tuners.lora import layer as peft_layers
+
+    twin = copy.deepcopy(layer)
+    base = twin.base_layer
+    if type(base).__module__.startswith("bitsandbytes"):
+        device = base.weight.device
+        identity = torch.eye(base.in_features, device=device, requires_grad=True)
+        dense = nn.Linear(base.in_features, base.out_features, bias=False)
+        dense.weight = nn.Parameter(base(identity).detach().t().contiguous(), requires_grad=False)
+        twin.base_layer = dense
+        twin.__class__ = peft_layers.Linear
+    return twin.double()
+
+
+def beside(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return the fused layer's time over PEFT's, round by round, and how far it can be believed."""
+    rounds = list(zip(seconds[PEFT], seconds[AGAIN], seconds[FUSED], strict=True))
+    ratios = [2 * fused / (peft + again) for peft, again, fused in rounds]
+    p20, _, _, p80 = statistics.quantiles(ratios, n=5)
+    median = statistics.median(ratios)
+    same = abs(statistics.median(again / peft for peft, again, _ in rounds) - 1)
+    standard_error = 1.253 * (p80 - p20) / 1.683 / math.sqrt(len(ratios))
+    return {
+        "median_us": statistics.median(seconds[FUSED]) * 1e6,
+        "peft_us": statistics.median(seconds[PEFT] + seconds[AGAIN]) * 1e6,
+        "x_peft": median,
+        "x_peft_p20": p20,
+        "x_peft_p80": p80,
+        "noise": max(same, 2 * standard_error, LEAST),
+    }
+
+
+def facts(case: PeftCase, sizes: Sizes, direction: str) -> dict[str, Any]:
+    """Return what names a row."""
+    return {
+        "case": f"peft.{case.name}",
+        "shape": "peft",
+        **{"M": 1 if case.one_row else sizes.m, "N": sizes.n, "K": sizes.k},
+        "dtype": short(case.dtype),
+        "direction": direction,
+        "provider": FUSED,
+    }
+
+
+_PAIRS = [(case, direction) for case in CASES for direction in case.directions]
+
+
+@pytest.fixture(scope="module")
+def pair(
+    request: pytest.FixtureRequest,
+    device: torch.device,
+    seconds: float,
+    out_of_time: Callable[[], bool],
+) -> Callable[[PeftCase], dict[str, Row]]:
+    """Measure a case once for its directions."""
+    sizes = SIZES[request.config.getoption("--table")]
+    measured: dict[str, dict[str, Row]] = {}
+
+    def rows(case: PeftCase) -> dict[str, Row]:
+        if case.name not in measured:
+            outcome: dict[str, Row] | str = OUT_OF_TIME
+            if not out_of_time():
+                outcome = attempt(measure_pair, case, sizes, device, seconds)
+            if isinstance(outcome, str):
+                outcome = {d: Row(facts(case, sizes, d), [], outcome) for d in case.directions}
+            measured[case.name] = outcome
+        return measured[case.name]
+
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("case", "direction"), _PAIRS, ids=[f"{case.name}-{direction}" for case, direction in _PAIRS]
+)
+def test_never_slower_than_peft(
+    case: PeftCase,
+    direction: str,
+    pair: Callable[[PeftCase], dict[str, Row]],
+    record: Callable[[str, Row, bool], None],
+) -> None:
+    """Report one row, and fail where the fused layer is slower than PEFT's."""
+    row = pair(case)[direction]
+    record(f"{row.info['case']} {direction}", row, True)
+    reason = too_slow(row.info)
+    assert reason is None, reason

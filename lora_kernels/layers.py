@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.distributed import dropout_seed, if_trained
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
@@ -145,14 +146,16 @@ class LoRALinear(nn.Module):
         return self._adapted(x)
 
     def _adapted(self, x: Tensor) -> Tensor:
+        dropout_p = self.lora_dropout if self.training else 0.0
         return lora_linear(
             x,
-            self.weight,
+            if_trained(self.weight, self, "weight"),
             self.lora_A,
             self.lora_B,
             self.scaling,
-            self.bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            if_trained(self.bias, self, "bias"),
+            dropout_p=dropout_p,
+            seed=dropout_seed(self, x) if dropout_p else None,
         )
 
     @property

@@ -122,19 +122,24 @@ def pair(**options: Any) -> tuple[PeftModel, PeftModel]:
     return fused, plain
 
 
-def llama(**options: Any) -> PeftModel:
-    """A causal language model of 14 layers that LoRA adapts."""
+def llama(bias: bool = False, **options: Any) -> PeftModel:
+    """A causal language model of 14 layers that LoRA adapts, with or without biases in them."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, **options)
+    return get_peft_model(LlamaForCausalLM(llama_config(bias)), adapters)
+
+
+def llama_config(bias: bool = False) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        attention_bias=bias,
+        mlp_bias=bias,
     )
-    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, **options)
-    return get_peft_model(LlamaForCausalLM(config), adapters)
 
 
 def train(model: PeftModel, folder: Path, **options: Any) -> list[float]:

@@ -27,7 +27,7 @@ LAYERS = (
     {"lora_kernels"},
     {"lora_kernels.audit"},
     {"lora_kernels.layers", "lora_kernels.peft", "lora_kernels.testing"},
-    {"lora_kernels.saved_input"},
+    {"lora_kernels.distributed", "lora_kernels.saved_input"},
     {OP},
     {f"{OP}.op"},
     {*BACKENDS, f"{OP}.composition", f"{OP}.flops"},

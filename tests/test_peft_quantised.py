@@ -301,10 +301,14 @@ def repacked(layer: Any) -> None:
     layer.base_layer.weight.quant_state.packing_format_for_cpu = True
 
 
+def lose_state(base: Any) -> None:
+    base.weight.quant_state = base.quant_state = None
+
+
 LEFT: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "state lost": (
         "nf4",
-        lambda layer: setattr(layer.base_layer.weight, "quant_state", None),
+        lambda layer: lose_state(layer.base_layer),
         "without its quantisation state",
     ),
     "repacked": ("nf4", repacked, "repacked for inference"),

@@ -24,6 +24,7 @@ from lora_kernels.audit.layer import (
     read,
 )
 from lora_kernels.audit.report import RESULTS, VERDICTS, Report, Verdict
+from lora_kernels.distributed import dropout_seed
 from lora_kernels.layers import LoRALinear
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.testing import fp64
@@ -188,7 +189,9 @@ class _Layer:
             return Expected(operands)
         if _mask_is_known(self.module, x):
             with torch.random.fork_rng(devices=[]):  # the seed that the layer is about to draw
-                return Expected(operands, operands.dropout_p, seed_tensor(None, x))
+                seed = dropout_seed(self.module, x)
+                seed = seed_tensor(None, x) if seed is None else seed
+                return Expected(operands, operands.dropout_p, seed)
         for owner, attribute in dropouts(self.module):
             self.watch.callback(setattr, owner, attribute, getattr(owner, attribute))
             setattr(owner, attribute, 0.0)

@@ -18,14 +18,17 @@ VARIANTS = {
 }
 
 
-def adapter_of(layer: Any, name: str) -> Adapter | str:
-    """Return what one adapter of a PEFT layer hands over, or why it cannot."""
+def adapter_of(layer: Any, name: str, *, now: bool) -> Adapter | str:
+    """Return what one adapter of a PEFT layer hands over, or why it cannot.
+
+    Not `now`, but when the model runs, where the two differ (`sharding.py`).
+    """
     if name not in layer._modules["lora_A"]._modules:
         return f"there is no adapter {name!r} in this layer"
     if name not in layer.lora_variant:
-        return plain(layer, name)
+        return plain(layer, name, now)
     variant = type(layer.lora_variant[name]).__name__
-    return VARIANTS[variant](layer, name) if variant in VARIANTS else f"variant {variant}"
+    return VARIANTS[variant](layer, name, now) if variant in VARIANTS else f"variant {variant}"
 
 
 def joined(adapters: list[Adapter]) -> Adapter | str:
@@ -53,4 +56,8 @@ def joined(adapters: list[Adapter]) -> Adapter | str:
             torch.stack(biases).sum(0) if biases else None,
         )
 
-    return first._replace(scaling=first.scaling if same else 1.0, derive=derive)
+    return first._replace(
+        scaling=first.scaling if same else 1.0,
+        derive=derive,
+        collective=any(adapter.collective for adapter in adapters),
+    )

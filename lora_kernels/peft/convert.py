@@ -26,7 +26,7 @@ def from_peft(layer: Linear, adapter: str = "default") -> LoRALinear:
     if type(layer) not in (Linear, FusedLinear):
         raise TypeError(f"from_peft takes a PEFT lora.Linear, got {kind(layer)}")
     merged = "adapters are merged" if layer.merged else None
-    found = merged or find_for(layer, FusedLinear, adapter_of(layer, adapter), None)
+    found = merged or find_for(layer, FusedLinear, adapter_of(layer, adapter, now=True), None)
     if not isinstance(found, str):
         found = _more_than_a_lora_linear(layer, found) or found
     if isinstance(found, str):
@@ -79,6 +79,8 @@ def _more_than_a_lora_linear(layer: Linear, found: Found) -> str | None:
     """Return what a fused PEFT layer has and a `LoRALinear` has not, or None."""
     if type(layer.base_layer).forward is not nn.Linear.forward:
         return f"base layer is a {kind(layer.base_layer)}, not a plain nn.Linear"
+    if found.frozen.split is not None:
+        return "tensor parallelism shares it out"
     if found.adapter.compute is not None:
         return "it is DoRA"
     if found.adapter.derive is not None:

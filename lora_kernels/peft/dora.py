@@ -6,25 +6,29 @@ Kept for the backward beyond what the operator keeps: its result, from which m's
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, kind, parameter, replaced
+from lora_kernels.peft.parts import Adapter, Factors, parameter, replaced
 from lora_kernels.peft.rows import rescale, row_norms
+from lora_kernels.peft.sharding import out_of_reach
 
 
-def dora(layer: Any, name: str) -> Adapter | str:
+def dora(layer: Any, name: str, now: bool) -> Adapter | str:
     """Return what a DoRA adapter hands over, or why it cannot."""
-    found = plain(layer, name)
+    found = plain(layer, name, now)
     if isinstance(found, str):
         return found
     if layer.ephemeral_gpu_offload:
         return "DoRA's norms are computed on another device (ephemeral_gpu_offload)"
     vectors = layer._modules["lora_magnitude_vector"]._modules[name]
     magnitude = parameter(vectors, "weight")
-    if type(magnitude) not in (nn.Parameter, Tensor):
-        return f"lora_magnitude_vector is a {kind(magnitude)}, not a plain tensor"
+    reason = replaced("lora_magnitude_vector", vectors) or out_of_reach(
+        "lora_magnitude_vector", magnitude, vectors, now
+    )
+    if reason:
+        return reason
     scaling, dropout_p = found.scaling, found.dropout_p
 
     def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
@@ -41,4 +45,4 @@ def dora(layer: Any, name: str) -> Adapter | str:
         z = lora_linear(dropped, weight, lora_a, lora_b, scaling, frozen_bias)
         return F.linear(x - dropped, weight) + rescale(z, scale, bias)
 
-    return replaced("lora_magnitude_vector", vectors) or found._replace(compute=compute)
+    return found._replace(compute=compute)

@@ -11,6 +11,7 @@ from lora_kernels.peft.layer import Fused, find
 from lora_kernels.peft.merging import forget
 from lora_kernels.peft.parts import kind
 from lora_kernels.peft.report import Report
+from lora_kernels.peft.sharding import rewrapped, wrapped_by_fsdp
 
 # PEFT's class, and the fused one: imported when such a layer is met, for its library may be heavy.
 KINDS = {
@@ -25,8 +26,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> Report:
 
     Eligible are the layers for which `why_not` returns None now. A fused layer asks again at every
     call, so merging, disabling, adding or switching adapters later needs no further step; a layer
-    that becomes eligible only later needs another `fuse`, which is harmless to the others. Fuse
-    before sharding: the weights of a sharded model are plain tensors only while it runs.
+    that becomes eligible only later needs another `fuse`, which is harmless to the others and whose
+    report is of the model as it is then. Before or after FSDP shards it is the same.
 
     The report says what is eligible now; `report.calls()` says what really ran. A pickled or
     `torch.save`d model holds PEFT's own layers, which need `fuse` again; a deep copy stays fused.
@@ -53,7 +54,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> Report:
         rest = f", and {len(not_fused) - 1} more" if len(not_fused) > 1 else ""
         raise calls.NotFused(f"fuse(strict=True): {name} cannot be fused: {reason}{rest}")
     for layer in fused.values():
-        layer.__class__ = fused_class(layer)
+        layer.__class__ = rewrapped(type(layer), fused_class(layer))
     counts = {name: calls.watch(layer, strict) for name, layer in fused.items()}
     return Report([*fused], not_fused, counts)
 
@@ -61,9 +62,10 @@ def fuse(model: nn.Module, *, strict: bool = False) -> Report:
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`: every layer of `model` is PEFT's own again."""
     for layer in model.modules():
-        plain = type(layer).__dict__.get("plain")
-        if isinstance(layer, Fused) and plain:
-            layer.__class__ = plain
+        own = fused_class(layer) if isinstance(layer, Fused) else None
+        if own is not None:
+            now: Any = type(layer)
+            layer.__class__ = rewrapped(now, own.plain)
             forget(layer)
             calls.forget(layer)
 
@@ -82,10 +84,10 @@ def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> s
 
 def fused_class(layer: Any) -> Any:
     """Return the class that `fuse` gives a layer of this very type, or has given it, or None."""
-    own = type(layer)
-    if "plain" in own.__dict__ and issubclass(own, Fused):
-        return own
-    path = KINDS.get(kind(layer))
+    own = wrapped_by_fsdp(type(layer))
+    if issubclass(own, Fused):
+        return own if "plain" in vars(own) else None
+    path = KINDS.get(f"{own.__module__}.{own.__qualname__}")
     if path is None:
         return None
     module, _, name = path.rpartition(".")

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.distributed import dropout_seed
 from lora_kernels.ops.lora_linear import composition, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
@@ -17,6 +20,7 @@ from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.merging import ExactMerge
 from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short
 from lora_kernels.peft.rows import add_row
+from lora_kernels.peft.sharding import out_of_reach
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
 _TENSOR = (nn.Parameter, Tensor)
@@ -48,20 +52,24 @@ class Fused(ExactMerge):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)`: x[..., K] -> y[..., N]."""
         own: Any = type(self)
-        if "plain" in own.__dict__:
+        if "plain" not in own.__dict__:  # the class was wrapped
+            own = fused_by(own)
+        if own is not None:
             plain, found = own.plain, find(self, own, x, args, kwargs)
-        else:  # this bound method was kept across `unfuse`, or the class was wrapped
-            plain, found = getattr(own, "plain", own), f"the layer became a {kind(self)}"
+        else:  # this bound method was kept across `unfuse`
+            plain, found = type(self), f"the layer became a {kind(self)}"
         if isinstance(found, str):
             calls.note(self, found)
             return plain.forward(self, x, *args, **kwargs)
         calls.note(self, calls.FUSED)
         layer: Any = self
         lora_a, _, _, dropout_p, *_ = found.adapter
-        # Where x is converted for the call, it is not the caller's that is saved.
-        if needs_a_copy(layer, x, lora_a, dropout_p) and x.dtype == found.dtype:
-            return on_a_copy(layer, x, functools.partial(_run, found))
-        return _run(found, x)
+        # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
+        # saved.
+        made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
+        if not made and needs_a_copy(layer, x, lora_a, dropout_p):
+            return on_a_copy(layer, x, functools.partial(_run, layer, found))
+        return _run(layer, found, x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as PEFT's layer, which any machine can load; there, `fuse` fuses it again."""
@@ -72,6 +80,11 @@ class Fused(ExactMerge):
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[attr-defined]
         return copied
+
+
+def fused_by(cls: type) -> Any:
+    """Return the kind of fused layer that a class is or derives from, or None."""
+    return next((c for c in cls.__mro__ if "plain" in vars(c)), None)
 
 
 class Found(NamedTuple):
@@ -91,7 +104,7 @@ def find(
     """
     if _few_rows_on_a_cpu(x):
         return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
-    if type(layer) is own.plain and "forward" in layer.__dict__:
+    if not isinstance(layer, own) and "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
     if args or kwargs:
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
@@ -101,13 +114,14 @@ def find(
         return calls.MERGED
     present = layer._modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
+    now = x is not None
     if not active:
         return calls.NO_ADAPTER
     if len(active) == 1:
-        return find_for(layer, own, adapter_of(layer, active[0]), x)
+        return find_for(layer, own, adapter_of(layer, active[0], now=now), x)
     adapters = []
     for name in active:
-        adapter = adapter_of(layer, name)
+        adapter = adapter_of(layer, name, now=now)
         if isinstance(adapter, str):
             return f"{adapter} (adapter {name!r} of {len(active)} active ones)"
         adapters.append(adapter)
@@ -128,10 +142,11 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     reason = (
         patched(own.plain)
         or _surroundings()
-        or _tensors(frozen, x)
+        or _tensors(frozen, layer._modules["base_layer"], x)
         or _dtypes(layer, frozen, adapter, x, dtype, autocast)
+        or _splits(frozen, adapter)
     )
-    if reason is None and adapter.derive is not None and _few_rows(x):
+    if reason is None and adapter.derive is not None and _few_rows(x) and not adapter.collective:
         reason = f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster here"
     return reason or Found(frozen, adapter, dtype)
 
@@ -144,19 +159,22 @@ def _surroundings() -> str | None:
     return composition.surrounds()
 
 
-def _tensors(frozen: Frozen, x: Tensor | None) -> str | None:
-    weight, bias, _, dense, _ = frozen
-    if type(weight) not in _TENSOR and dense is None:
-        return f"base weight is a {kind(weight)}, not a plain tensor"
-    if bias is not None and type(bias) not in _TENSOR:
-        return f"base bias is a {kind(bias)}, not a plain tensor"
+def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
+    weight, bias, _, dense, *_ = frozen
+    now = x is not None
+    packed = dense is not None and type(weight) is not DTensor
+    for part, tensor in (("base weight", None if packed else weight), ("base bias", bias)):
+        if tensor is not None and not (now and type(tensor) in _TENSOR):
+            reason = out_of_reach(part, tensor, base, now)
+            if reason:
+                return reason
+    if weight.requires_grad:
+        return "base weight is trainable"
     if x is None:
-        return "base weight is trainable" if weight.requires_grad else None
+        return None
     if type(x) not in _TENSOR:
         return f"x is a {kind(x)}, not a plain tensor"
-    if x.is_nested:
-        return "x is a nested tensor"
-    return "base weight is trainable" if weight.requires_grad else None
+    return "x is a nested tensor" if x.is_nested else None
 
 
 def _dtypes(
@@ -195,14 +213,29 @@ def _dtypes(
     return None
 
 
+def _splits(frozen: Frozen, adapter: Adapter) -> str | None:
+    if frozen.split is None and adapter.split is None:
+        return None
+    if frozen.split != adapter.split:
+        return "tensor parallelism shares out the base weight and the adapter in different ways"
+    if adapter.derive is not None or adapter.compute is not None:
+        return "tensor parallelism of factors that are derived (several adapters, DoRA, KaSA)"
+    trains = frozen.bias is not None and frozen.bias.requires_grad
+    return "base bias is trainable under tensor parallelism" if trains else None
+
+
 def _few_rows(x: Any) -> bool:
     # Decided by x's shape alone: a checkpoint's second forward must take the way of the first.
     return isinstance(x, Tensor) and x.dim() > 0 and x.numel() < FEW_ROWS * x.shape[-1]
 
 
 def _few_rows_on_a_cpu(x: Any) -> bool:
-    # Compiled, a call costs no Python.
-    return _few_rows(x) and x.is_cpu and not torch.compiler.is_compiling()
+    return (
+        _few_rows(x)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()  # compiled, a call costs no Python
+        and not dist.is_initialized()  # ranks that went different ways would wait for one another
+    )
 
 
 def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -212,7 +245,7 @@ def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtyp
     return autocast
 
 
-def _run(found: Found, x: Tensor) -> Tensor:
+def _run(layer: Any, found: Found, x: Tensor) -> Tensor:
     """Run `lora_linear` on what is found."""
     frozen, adapter, _ = found
     bias = frozen.bias
@@ -220,14 +253,18 @@ def _run(found: Found, x: Tensor) -> Tensor:
         adapter.derive is None
         and adapter.compute is None
         and frozen.dense is None
+        and frozen.split is None
         and (bias is None or not bias.requires_grad)
     ):
         lora_a, lora_b, scaling, dropout_p, *_ = adapter
-        return lora_linear(x, frozen.weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
-    return _make_and_run(found, x)
+        seed = dropout_seed(layer, x) if dropout_p else None
+        return lora_linear(
+            x, frozen.weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed
+        )
+    return _make_and_run(layer, found, x)
 
 
-def _make_and_run(found: Found, x: Tensor) -> Tensor:
+def _make_and_run(layer: Any, found: Found, x: Tensor) -> Tensor:
     """Run `lora_linear` on what has to be made for this call, and add what it does not take."""
     frozen, adapter, dtype = found
     factors, bias = adapter.factors(), frozen.bias
@@ -242,8 +279,16 @@ def _make_and_run(found: Found, x: Tensor) -> Tensor:
             lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
     if bias is not None and bias.requires_grad:
         outside, bias = bias if outside is None else outside + bias, None
+    split = frozen.split
+    if split is not None:
+        x, lora_a, lora_b, bias = split.inward(x, lora_a, lora_b, bias)
     scaling, dropout_p = adapter.scaling, adapter.dropout_p
-    y = lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, rebuild=make)
+    seed = dropout_seed(layer, x) if dropout_p else None
+    y = lora_linear(
+        x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed, rebuild=make
+    )
+    if split is not None:
+        y = split.outward(y)
     if outside is not None:
         y = add_row(y, outside)
     return y.to(x_dtype) if frozen.y_like_x else y

@@ -6,8 +6,10 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels.distributed import if_trained
 from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import Frozen, kind, parameter, replaced
+from lora_kernels.peft.tensor_parallel import split_of
 
 # Subclasses that compute `x·Wᵀ + bias` in a forward of their own.
 _ALIKE = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
@@ -28,11 +30,20 @@ class FusedLinear(Fused, Linear):
             return f"base layer is a {kind(base)}, not a plain nn.Linear"
         reason = replaced("base layer", base)
         if reason:
-            return reason
-        weight = parameter(base, "weight")
+            return _shards(base) or reason
+        weight = if_trained(parameter(base, "weight"), base, "weight")
+        bias = if_trained(parameter(base, "bias"), base, "bias")
         if own is Conv1D:
             weight = weight.t()
-        return Frozen(weight, parameter(base, "bias"), weight.dtype)
+        return Frozen(weight, bias, weight.dtype)
+
+
+def _shards(base: Any) -> Frozen | None:
+    split = split_of(base)
+    if split is None:
+        return None
+    weight, bias = base.weight.to_local(), base.bias
+    return Frozen(weight, None if bias is None else bias.to_local(), weight.dtype, split=split)
 
 
 def _is_linear(base: Any) -> bool:

@@ -3,17 +3,19 @@
 from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lora_kernels.ops.lora_linear.validate import FP32_MAX
 from lora_kernels.peft.parts import Adapter, Factors, kind, not_plain, parameter, short
+from lora_kernels.peft.sharding import gathers_itself, handed_over, out_of_reach
+from lora_kernels.peft.tensor_parallel import split_of
 
 _DROPOUT = (nn.Identity, nn.Dropout)
-_TENSOR = (nn.Parameter, Tensor)
 
 
 def plain(
-    layer: Any, name: str, types: Collection[type[nn.Module]] = (nn.Linear,)
+    layer: Any, name: str, now: bool, types: Collection[type[nn.Module]] = (nn.Linear,)
 ) -> Adapter | str:
     """Return what an adapter hands over whose A and B are modules of `types`, or why it cannot.
 
@@ -24,11 +26,7 @@ def plain(
     lora_a = children["lora_A"]._modules[name]
     lora_b = children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
-    reason = (
-        not_plain("lora_A", lora_a, types)
-        or not_plain("lora_B", lora_b, types)
-        or not_plain("lora_dropout", dropout, _DROPOUT)
-    )
+    reason = not_plain("lora_dropout", dropout, _DROPOUT)
     if reason:
         return reason
     scaling = layer.scaling[name]
@@ -39,11 +37,19 @@ def plain(
     dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
     if dropout_p >= 1:
         return "the dropout probability is 1"
+    reason = not_plain("lora_A", lora_a, types) or not_plain("lora_B", lora_b, types)
+    if reason:
+        # What is fused before `train()` is asked about training.
+        will_drop = not now and getattr(dropout, "p", 0.0) > 0
+        return (
+            _sharded_alone(lora_a, lora_b, scaling, dropout_p)
+            or _split(lora_a, lora_b, scaling, dropout_p, dropout_p > 0 or will_drop)
+            or reason
+        )
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
-    if type(a) not in _TENSOR:
-        return f"lora_A is a {kind(a)}, not a plain tensor"
-    if type(b) not in _TENSOR:
-        return f"lora_B is a {kind(b)}, not a plain tensor"
+    reason = out_of_reach("lora_A", a, lora_a, now) or out_of_reach("lora_B", b, lora_b, now)
+    if reason:
+        return reason
     if b.dtype != a.dtype:
         return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}"
     bias = lora_b._parameters.get("bias")
@@ -52,3 +58,43 @@ def plain(
     if bias.dtype != a.dtype:
         return f"the bias of lora_B is {short(bias.dtype)}"
     return Adapter(a, b, scaling, dropout_p, lambda: Factors(a, b, bias * scaling))
+
+
+def _split(
+    lora_a: Any, lora_b: Any, scaling: float, dropout_p: float, drops: bool
+) -> Adapter | str | None:
+    """Return the adapter whose A or B processes share out, or None if it is not one."""
+    split = split_of(lora_b) or split_of(lora_a)
+    if split is None:
+        return None
+    whole = lora_a if split.dim == 0 else lora_b
+    part = "lora_A" if split.dim == 0 else "lora_B"
+    reason = not_plain(part, whole) or out_of_reach(part, whole.weight, whole, now=True)
+    if reason is None and lora_b.bias is not None:
+        reason = "lora_B has a bias under tensor parallelism"
+    if reason is None and split.dim == 1 and drops:
+        reason = "under row-wise tensor parallelism the mask would have to start at a later column"
+    if reason:
+        return reason
+    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (lora_a.weight, lora_b.weight))
+    if b.dtype != a.dtype:
+        return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}"
+    return Adapter(a, b, scaling, dropout_p, split=split)
+
+
+def _sharded_alone(
+    lora_a: Any, lora_b: Any, scaling: float, dropout_p: float
+) -> Adapter | str | None:
+    """Return the adapter whose A and B only their own calls gather, or None if it is not one."""
+    if not (gathers_itself(lora_a) and gathers_itself(lora_b)):
+        return None
+    a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
+    if b.dtype != a.dtype:
+        return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}"
+
+    def derive() -> Factors:
+        weight_a, _ = handed_over(lora_a, a.dtype)
+        weight_b, bias = handed_over(lora_b, a.dtype)
+        return Factors(weight_a, weight_b, None if bias is None else bias * scaling)
+
+    return Adapter(a, b, scaling, dropout_p, derive, collective=True)

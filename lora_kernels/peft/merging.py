@@ -97,7 +97,7 @@ def _loss(layer: Any, frozen: Tensor) -> float:
         merged, frozen = merged.t(), frozen.t()
     exact = frozen
     for name in layer.merged_adapters:
-        adapter: Any = adapter_of(layer, name)
+        adapter: Any = adapter_of(layer, name, now=True)
         factors = adapter.factors()
         lora_a, lora_b = factors.lora_a.double(), factors.lora_b.double()
         exact = exact + adapter.scaling * (lora_b @ lora_a)

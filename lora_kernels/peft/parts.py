@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.peft.tensor_parallel import Split
+
 
 class Frozen(NamedTuple):
     """What a kind of frozen layer hands over: W[N,K] as it is, or how to make it, and bias[N]."""
@@ -18,6 +20,8 @@ class Frozen(NamedTuple):
     dense: Callable[[torch.dtype], Tensor] | None = None
     # Whether y has x's dtype rather than the one computed in.
     y_like_x: bool = False
+    # How processes share W out; it and the bias are then this process's shards.
+    split: Split | None = None
 
 
 class Factors(NamedTuple):
@@ -40,6 +44,10 @@ class Adapter(NamedTuple):
     # Makes y of x, W, the factors and the bias where that is more than one `lora_linear`. It takes
     # a dense W and, under dropout, adapters in the dtype computed in.
     compute: Callable[[Tensor, Tensor, Factors, Tensor | None], Tensor] | None = None
+    # Whether `derive` waits for other processes, so that all must call it, whatever their x.
+    collective: bool = False
+    # How processes share A or B out, as W; these are then this process's shards.
+    split: Split | None = None
 
     def factors(self) -> Factors:
         """Return what this call multiplies by."""

@@ -31,7 +31,8 @@ class FusedLinear4bit(Fused, Linear4bit):
         if reason:
             return reason
         weight = parameter(base, "weight")
-        state = getattr(weight, "quant_state", None)
+        # A weight that FSDP gathers is a plain tensor; the layer holds the same state for it.
+        state = getattr(weight, "quant_state", None) or base.quant_state
         if state is None:
             return f"base weight is a {kind(weight)} without its quantisation state"
         if tuple(state.shape) != (base.out_features, base.in_features):

@@ -10,9 +10,9 @@ from lora_kernels.peft.lora import plain
 from lora_kernels.peft.parts import Adapter, Factors
 
 
-def kasa(layer: Any, name: str) -> Adapter | str:
+def kasa(layer: Any, name: str, now: bool) -> Adapter | str:
     """Return KaSA's `s·drop(x)·Aᵀ·diag(d)·Bᵀ` as LoRA of A and B·diag(d)."""
-    found = plain(layer, name)
+    found = plain(layer, name, now)
     if isinstance(found, str):
         return found
     if name in layer._lora_kasa_truncation_deferred:
@@ -26,9 +26,9 @@ def kasa(layer: Any, name: str) -> Adapter | str:
     return found._replace(derive=derive)
 
 
-def bdlora(layer: Any, name: str) -> Adapter | str:
+def bdlora(layer: Any, name: str, now: bool) -> Adapter | str:
     """Return BD-LoRA, whose A or B is stored as diagonal blocks, as LoRA of the whole matrix."""
-    found = plain(layer, name, (BlockDiagonalLinear, nn.Linear))
+    found = plain(layer, name, now, (BlockDiagonalLinear, nn.Linear))
     if isinstance(found, str):
         return found
     modules = [layer._modules[part]._modules[name] for part in ("lora_A", "lora_B")]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 
-_PLACE = "_place_in_batch"
+_PLACE = "_lora_kernels_place_in_batch"
 _STEP = 0x1E3779B97F4A7C15  # between the seeds of two places; odd, and below 2**61
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-WRITTEN = "_x_is_written_to"  # in a layer's __dict__: whether it is, once that is known
+WRITTEN = "_lora_kernels_x_is_written_to"  # in a layer's __dict__, once that is known
 _TENSOR = (Tensor, nn.Parameter)
 
 

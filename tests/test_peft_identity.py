@@ -81,13 +81,13 @@ def test_a_patched_class_is_honoured(
     model, plain = peft_model(**options).eval(), peft_model(**options).eval()
     if when == "after":
         assert len(fuse(model).fused) == 2
-    monkeypatch.setattr(patched, "forward", doubled(patched.forward))
     reason = f"{patched.__name__}.forward was patched"
-    assert why_not(model.base_model.model.up) == reason
-    if when == "before":
-        assert set(fuse(model).not_fused.values()) == {reason}
-    assert_same_as_peft(model, plain, x_for(model))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(patched, "forward", doubled(patched.forward))
+        assert why_not(model.base_model.model.up) == reason
+        if when == "before":
+            assert set(fuse(model).not_fused.values()) == {reason}
+        assert_same_as_peft(model, plain, x_for(model))
     fuse(model)
     with calls_of_lora_linear(monkeypatch) as calls:
         assert_close_to_peft(model, plain, x_for(model))

@@ -39,14 +39,3 @@ def watch(layer: Any, strict: bool) -> dict[str, int]:
     state[_STRICT] = strict
     counts: dict[str, int] = state.setdefault(_COUNTS, {})
     return counts
-
-
-def without(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a layer's state less what this module keeps in it."""
-    return {name: value for name, value in state.items() if name not in (_COUNTS, _STRICT)}
-
-
-def forget(layer: Any) -> None:
-    """Count no longer."""
-    for name in (_COUNTS, _STRICT):
-        layer.__dict__.pop(name, None)

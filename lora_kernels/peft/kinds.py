@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lora_kernels.peft import calls
 from lora_kernels.peft.layer import Fused, find
-from lora_kernels.peft.merging import forget
-from lora_kernels.peft.parts import kind
+from lora_kernels.peft.parts import kind, without_ours
 from lora_kernels.peft.report import Report
 from lora_kernels.peft.sharding import rewrapped, wrapped_by_fsdp
 
@@ -66,8 +65,7 @@ def unfuse(model: nn.Module) -> None:
         if own is not None:
             now: Any = type(layer)
             layer.__class__ = rewrapped(now, own.plain)
-            forget(layer)
-            calls.forget(layer)
+            layer.__dict__ = without_ours(layer.__dict__)
 
 
 def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> str | None:

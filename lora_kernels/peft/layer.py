@@ -18,7 +18,7 @@ from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 from lora_kernels.peft import calls
 from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.merging import ExactMerge
-from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short
+from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short, without_ours
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
@@ -73,7 +73,7 @@ class Fused(ExactMerge):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as PEFT's layer, which any machine can load; there, `fuse` fuses it again."""
-        return object.__new__, (self.plain,), calls.without(self.__dict__)
+        return object.__new__, (self.plain,), without_ours(self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy as what it is: a copy stays fused, and counts its own calls."""
@@ -234,7 +234,8 @@ def _few_rows_on_a_cpu(x: Any) -> bool:
         _few_rows(x)
         and x.is_cpu
         and not torch.compiler.is_compiling()  # compiled, a call costs no Python
-        and not dist.is_initialized()  # ranks that went different ways would wait for one another
+        # Ranks that went different ways would wait for one another.
+        and not (dist.is_available() and dist.is_initialized())
     )
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lora_kernels.peft.adapters import adapter_of
 from lora_kernels.peft.rows import row_norms
 
-_KEPT = "_frozen_bits"
+_KEPT = "_lora_kernels_frozen_bits"
 _WORD = 8  # bytes that a fingerprint takes at a time
 _BLOCK = 1 << 17  # words
 
@@ -68,11 +68,6 @@ class ExactMerge:
         base.weight.data.copy_(weight)
         if bias is not None:
             base.bias.data.copy_(bias)
-
-
-def forget(layer: nn.Module) -> None:
-    """Drop the kept bits: from now on PEFT's own `unmerge` runs."""
-    layer.__dict__.pop(_KEPT, None)
 
 
 def merge_loss(model: nn.Module) -> dict[str, float]:

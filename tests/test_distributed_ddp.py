@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import LoRALinear
 from lora_kernels.distributed import _STEP, dropout_seed
 from lora_kernels.ops.lora_linear import reference
-from lora_kernels.ops.lora_linear.philox import keep_mask, seed_tensor
+from lora_kernels.ops.lora_linear.philox import drop, keep_mask, seed_tensor
 from lora_kernels.testing import assert_accurate, audit
 
 P = 0.4
@@ -196,7 +196,7 @@ def compiled(rank: int) -> None:
     seeds: list[Any] = []
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(reference, "keep_mask", lambda s, *a: seeds.append(s) or keep_mask(s, *a))
+        context.setattr(reference, "drop", lambda s, *a: seeds.append(s) or drop(s, *a))
         torch.manual_seed(7)
         torch.compile(inner, backend="aot_eager", fullgraph=True)(x).sum().backward()
     torch.manual_seed(7)

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_kernels.peft import calls
-from lora_kernels.peft.layer import Fused, find
+from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import kind, without_ours
 from lora_kernels.peft.report import Report
 from lora_kernels.peft.sharding import rewrapped, wrapped_by_fsdp
@@ -17,6 +17,7 @@ KINDS = {
     "peft.tuners.lora.layer.Linear": "lora_kernels.peft.linear.FusedLinear",
     "peft.tuners.lora.bnb.Linear4bit": "lora_kernels.peft.quantised.FusedLinear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt": "lora_kernels.peft.quantised.FusedLinear8bitLt",
+    "peft.tuners.lora.layer.ParamWrapper": "lora_kernels.peft.experts.ParamWrapper",
 }
 
 
@@ -76,7 +77,7 @@ def why_not(layer: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> s
     own = fused_class(layer)
     if own is None:
         return f"the layer is a {kind(layer)}, not a PEFT lora.Linear"
-    found = find(layer, own, x, args, kwargs)
+    found = own.find(layer, x, args, kwargs)
     return found if isinstance(found, str) else None
 
 

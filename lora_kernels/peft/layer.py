@@ -35,9 +35,9 @@ class Fused(ExactMerge):
     """What makes a PEFT layer run `lora_linear` wherever `why_not` has no objection.
 
     Made by `fuse` only. A kind of layer inherits from this and from PEFT's class, names the latter
-    as `plain` and says in `frozen` what its base layer hands over. Dropout draws another mask than
-    `nn.Dropout` does from the same torch seed; its distribution is the same. A second derivative
-    raises.
+    as `plain` and says in `frozen` what its base layer hands over, or has a `find` and a `forward`
+    of its own. Dropout draws another mask than `nn.Dropout` does from the same torch seed; its
+    distribution is the same. A second derivative raises.
     """
 
     @staticmethod
@@ -48,6 +48,13 @@ class Fused(ExactMerge):
         are often fused before `train()`.
         """
         raise NotImplementedError
+
+    @classmethod
+    def find(
+        cls, layer: Any, x: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Return what a call of `layer` computes with, or why PEFT has to run it."""
+        return find(layer, cls, x, args, kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)`: x[..., K] -> y[..., N]."""
@@ -141,7 +148,7 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     dtype = _computed_in(frozen.dtype, autocast)
     reason = (
         patched(own.plain)
-        or _surroundings()
+        or surroundings()
         or _tensors(frozen, layer._modules["base_layer"], x)
         or _dtypes(layer, frozen, adapter, x, dtype, autocast)
         or _splits(frozen, adapter)
@@ -151,7 +158,8 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     return reason or Found(frozen, adapter, dtype)
 
 
-def _surroundings() -> str | None:
+def surroundings() -> str | None:
+    """Return why a call at this place needs PEFT's own code, or None."""
     if _has_any_global_hook():
         return "global module hooks are set, which only module calls run"
     if torch.jit.is_tracing():

@@ -26,7 +26,7 @@ class ExactMerge:
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge as PEFT does, after keeping the frozen bits aside."""
         layer: Any = self
-        base = layer.get_base_layer()
+        base = self.held()
         kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
         if not layer.merged and self._owns(base):
             kept = self.keep(base)
@@ -41,12 +41,34 @@ class ExactMerge:
     def unmerge(self) -> None:
         """Unmerge as PEFT does, and put the frozen bits back unless W was written to meanwhile."""
         layer: Any = self
-        base = layer.get_base_layer()
+        base = self.held()
         kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
         exact = kept is not None and stamp == _stamp(base)
         layer.plain.unmerge(layer)
         if exact and not layer.merged:
             self.restore(base, kept)
+
+    def held(self) -> Any:
+        """Return the holder of the weight and the bias that merging writes to."""
+        layer: Any = self
+        return layer.get_base_layer()
+
+    def exactly_merged(self, frozen: Tensor) -> Tensor:
+        """Return what merging would make of the frozen weight, in its dtype, if nothing rounded."""
+        layer: Any = self
+        if layer.is_target_conv_1d_layer:
+            frozen = frozen.t()
+        exact = frozen
+        for name in layer.merged_adapters:
+            adapter: Any = adapter_of(layer, name, now=True)
+            factors = adapter.factors()
+            lora_a, lora_b = factors.lora_a.to(frozen.dtype), factors.lora_b.to(frozen.dtype)
+            exact = exact + adapter.scaling * (lora_b @ lora_a)
+            if adapter.compute is not None:  # DoRA
+                norms = row_norms(frozen, lora_a, lora_b, adapter.scaling)
+                magnitude = layer.lora_magnitude_vector[name].weight.to(frozen.dtype)
+                exact *= (magnitude / norms).unsqueeze(1)
+        return exact.t() if layer.is_target_conv_1d_layer else exact
 
     @staticmethod
     def _owns(base: Any) -> bool:
@@ -86,19 +108,8 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def _loss(layer: Any, frozen: Tensor) -> float:
-    merged = layer.get_base_layer().weight.data.double()
-    frozen = frozen.double()
-    if layer.is_target_conv_1d_layer:
-        merged, frozen = merged.t(), frozen.t()
-    exact = frozen
-    for name in layer.merged_adapters:
-        adapter: Any = adapter_of(layer, name, now=True)
-        factors = adapter.factors()
-        lora_a, lora_b = factors.lora_a.double(), factors.lora_b.double()
-        exact = exact + adapter.scaling * (lora_b @ lora_a)
-        if adapter.compute is not None:  # DoRA
-            norms = row_norms(frozen, lora_a, lora_b, adapter.scaling)
-            exact *= (layer.lora_magnitude_vector[name].weight.double() / norms).unsqueeze(1)
+    merged, frozen = layer.held().weight.data.double(), frozen.double()
+    exact = layer.exactly_merged(frozen)
     change = (exact - frozen).norm()
     return 0.0 if change == 0 else ((merged - exact).norm() / change).item()
 

@@ -63,7 +63,7 @@ def not_plain(
     return replaced(part, module)
 
 
-def replaced(part: str, module: nn.Module) -> str | None:
+def altered(part: str, module: nn.Module) -> str | None:
     """Return why calling a module may run more than its class's own forward, or None."""
     state = module.__dict__
     if (
@@ -75,6 +75,14 @@ def replaced(part: str, module: nn.Module) -> str | None:
         return f"{part} has hooks, which only its own call would run"
     if "forward" in state:
         return f"the forward of {part} was replaced on the instance"
+    return None
+
+
+def replaced(part: str, module: nn.Module) -> str | None:
+    """Return why calling a module may run more than the forward its class was defined with."""
+    reason = altered(part, module)
+    if reason:
+        return reason
     own = type(module)
     return None if own.forward is _forwards.get(own) else patched(own)
 

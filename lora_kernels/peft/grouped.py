@@ -1,0 +1,91 @@
+"""The LoRA product of many experts at once: rows sorted by expert, no delta of W's size."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_lora(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, ends: Tensor
+) -> Tensor:
+    """Return `y = x·W_e + s·x·A_eᵀ·B_eᵀ` for every row of x, e being the row's expert.
+
+    x[S,K] holds the rows of expert 0, then those of expert 1, ...; ends[E] (int32) says where the
+    rows of each end. weight[E,K,N] is frozen, of any strides. As PEFT stores them, lora_a[E·R,K]
+    has expert e's rank r in row e·R + r, lora_b[N,R·E] in column r·E + e. x and W are bf16, fp16 or
+    fp32; A and B are rounded to that dtype first, as PEFT rounds them. Returns y[S,N].
+
+    With s = m·2ᶜ, `P = x·A_eᵀ` and `Q = m·dy·B_e` [S,R]: `dx = dy·W_eᵀ + 2ᶜ·Q·A_e`,
+    `dA_e = 2ᶜ·Qᵀ·x` and `dB_e = s·dyᵀ·P` over the rows of e, zero where there are none. Three
+    grouped products forward, five backward; kept are x and P.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
+    """
+    return _GroupedLoRA.apply(x, weight, lora_a, lora_b, float(scaling), ends)
+
+
+class _GroupedLoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
+        scaling: float, ends: Tensor,
+    ) -> Tensor:  # fmt: skip
+        factor, power = _split(scaling)
+        p = F.grouped_mm(x, _stack_a(lora_a, weight).transpose(1, 2), offs=ends)
+        y = F.grouped_mm(x, weight, offs=ends)
+        y.add_(F.grouped_mm(p, _stack_b(lora_b, weight, factor), offs=ends), alpha=power)
+        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if need_da else None,
+            weight,
+            lora_a if need_dx or need_da else None,
+            lora_b,
+            p if need_db else None,
+            ends,
+        )
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the LoRA product of experts: double backward is not supported")
+        x, weight, lora_a, lora_b, p, ends = ctx.saved_tensors
+        need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
+        factor, power = _split(ctx.scaling)
+        dy = dy.contiguous()
+        dx = da = db = None
+        if need_dx or need_da:
+            q = F.grouped_mm(dy, _stack_b(lora_b, weight, factor).transpose(1, 2), offs=ends)
+        if need_dx:
+            dx = F.grouped_mm(dy, weight.transpose(1, 2), offs=ends)
+            dx.add_(F.grouped_mm(q, _stack_a(lora_a, weight), offs=ends), alpha=power)
+        if need_da:
+            stack = F.grouped_mm(q.t(), x, offs=ends)  # [E,R,K]
+            da = stack.to(lora_a.dtype).mul_(power).view_as(lora_a)
+        if need_db:
+            stack = F.grouped_mm(p.t(), dy, offs=ends)  # [E,R,N]
+            db = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+            db.view(len(db), -1, len(ends)).copy_(stack.permute(2, 1, 0)).mul_(ctx.scaling)
+        return dx, None, da, db, None, None
+
+
+def _split(scaling: float) -> tuple[float, float]:
+    """Return m and 2ᶜ, m·2ᶜ = s: addition takes 2ᶜ, which no 16-bit dtype rounds, and fp32 sums."""
+    exponent = min(max(math.frexp(scaling)[1], -14), 15)  # fp16 reaches no further
+    return math.ldexp(scaling, -exponent), math.ldexp(1.0, exponent)
+
+
+def _stack_a(lora_a: Tensor, weight: Tensor) -> Tensor:
+    """Return A as [E,R,K], in W's dtype."""
+    return lora_a.to(weight.dtype).view(len(weight), -1, lora_a.shape[1])
+
+
+def _stack_b(lora_b: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """Return m·B as [E,R,N], in W's dtype; contiguous, which grouped products ask for."""
+    stack = lora_b.view(len(lora_b), -1, len(weight)).permute(2, 1, 0) * factor
+    return stack.to(weight.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -42,9 +42,10 @@ def measure_pair(
     fuse(holder)
     fused = holder[0]
     layers = {PEFT: plain, AGAIN: plain, FUSED: fused}
-    dy = torch.randn(x.shape[0], sizes.n, device=device, dtype=x.dtype)
+    with torch.no_grad():
+        dy = torch.randn_like(plain(x, *case.beside(x)), dtype=x.dtype)
     with _context(case, device):
-        left = why_not(fused, x)
+        left = why_not(fused, x, *case.beside(x))
     error = gate(case, plain, fused, x, dy)
     rows = {}
     for direction in case.directions:
@@ -65,7 +66,7 @@ def run(
     """Run a direction; return y and, after a backward, the gradients of x and what trains."""
     with _context(case, x.device):
         x = x.detach().requires_grad_(case.train)
-        y = layer(x)
+        y = layer(x, *case.beside(x))
     if direction == "forward":
         return (y,)
     trained = [p for p in layer.parameters() if p.requires_grad]
@@ -114,6 +115,9 @@ def in_float64(layer: Any) -> Any:
 
     twin = copy.deepcopy(layer)
     base = twin.base_layer
+    for module in twin.modules():
+        if hasattr(module, "config"):  # experts: a grouped product takes no float64
+            module.config._experts_implementation = "eager"
     if type(base).__module__.startswith("bitsandbytes"):
         device = base.weight.device
         identity = torch.eye(base.in_features, device=device, requires_grad=True)

@@ -27,7 +27,8 @@ class Sizes(NamedTuple):
 class PeftCase(NamedTuple):
     """A PEFT layer and how it is called.
 
-    `dtype` is x's and the frozen layer's, `adapters` the adapters' where it is another one.
+    `dtype` is x's and the frozen layer's, `adapters` the adapters' where it is another one;
+    `beside` makes what is handed over beside x.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class PeftCase(NamedTuple):
     merged: bool = False
     one_row: bool = False
     needs: tuple[str, ...] = ()
+    beside: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: ()
 
     @property
     def name(self) -> str:
@@ -120,6 +122,26 @@ def _falcon(sizes: Sizes) -> nn.Module:
     return FalconLinear(sizes.k, sizes.n, bias=False)
 
 
+def _experts(sizes: Sizes) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(
+        hidden_size=sizes.k, intermediate_size=sizes.n // 3, num_local_experts=_EXPERTS
+    )
+    experts = MixtralExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return experts
+
+
+def _two_experts_each(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the indices [M,2] and the weights [M,2] of the experts of each row."""
+    scores = torch.randn(len(x), _EXPERTS, generator=torch.Generator().manual_seed(2))
+    weights, indices = scores.softmax(-1).topk(2)
+    return indices.to(x.device), weights.to(x.device, x.dtype)
+
+
 def _4bit(quant_type: str, nested: bool = False) -> Callable[[Sizes], nn.Module]:
     def build(sizes: Sizes) -> nn.Module:
         import bitsandbytes as bnb
@@ -145,7 +167,9 @@ def _peft_config(name: str, *arguments: Any, **options: Any) -> Any:
     return getattr(config, name)(*arguments, **options)
 
 
+_EXPERTS = 8
 _BNB = ("bitsandbytes",)
+_ROUTED = ({"target_modules": [], "target_parameters": ["0.gate_up_proj", "0.down_proj"]},)
 _DROPOUT = ({"lora_dropout": 0.05},)
 CASES = (
     PeftCase("lora", _linear),
@@ -181,6 +205,8 @@ CASES = (
     PeftCase("mica", _linear, ({"init_lora_weights": "mica"},)),
     PeftCase("bdlora", _linear, ({"use_bdlora": _peft_config("BdLoraConfig", ["0"], nblocks=2)},)),
     PeftCase("falcon", _falcon),
+    PeftCase("experts", _experts, _ROUTED, beside=_two_experts_each),
+    PeftCase("experts", _experts, _ROUTED, dtype=bf16, beside=_two_experts_each),
 )
 SIZES = {
     "cpu": Sizes(512, 1536, 576),

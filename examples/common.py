@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
             args.device = "cuda" if has_gpu else "cpu"
         if args.dtype == "auto":
             args.dtype = "float32" if args.device == "cpu" else "bfloat16"
-        args.device = parallel.join(torch.device(args.device))
+        args.device = parallel.own_device(torch.device(args.device))
         args.dtype = getattr(torch, args.dtype)
         return args
 

@@ -51,7 +51,7 @@ def main() -> None:
         "--fsdp", action="store_true", help="under torchrun: shard the model instead of copying it"
     )
     args = parser.parse()
-    if args.fsdp and not dist.is_initialized():
+    if args.fsdp and not dist.is_torchelastic_launched():
         common.fail("argument --fsdp: start several processes, by torchrun", status=2)
 
     base, tokenizer = common.load_model(args, args.load_in_4bit)
@@ -75,10 +75,11 @@ def main() -> None:
     if not report.fused:
         common.fail(f"nothing could be fused:\n{report}")
     fused = measure("fused", trained, batches, validation, args)
+    ran = str(report.calls())  # as far as training and validation go
     after = complete(model, tokenizer, prompt)
     speeds = compare_speed(trained, batches[0])
 
-    print(f"\nlora_kernels.peft.fuse:\n{report}\n")
+    print(f"\nlora_kernels.peft.fuse:\n{report}\n\nIts calls:\n{ran}\n")
     print(table(plain, fused, speeds, backends(model, report.fused, batches[0]), args))
     print_completions(prompt, before, after)
     picture, adapter = args.out / "losses.png", args.out / "adapter"

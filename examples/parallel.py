@@ -13,16 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join(device: torch.device) -> torch.device:
-    """Join the other processes, of which the first alone prints; return this one's device."""
-    if not dist.is_torchelastic_launched():
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def own_device(device: torch.device) -> torch.device:
+    """Return the device of this process; let the first process alone print."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process runs)
+    if device.type == "cuda" and dist.is_torchelastic_launched():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -33,12 +30,15 @@ def leave() -> None:
 
 
 def wrap(model: nn.Module, fsdp: bool) -> nn.Module:
-    """Return what trains `model`: itself, a DDP module around it, or itself sharded by FSDP2.
+    """Join the other processes; return what trains `model` with them.
 
-    FSDP shards each decoder layer, then the rest; a parameter is whole only while it is used.
+    That is the model itself if there are none, a DDP module around it, or itself sharded by FSDP2,
+    each decoder layer and the rest: then a parameter is whole only while it is used.
     """
-    if not dist.is_initialized():
+    if not dist.is_torchelastic_launched():
         return model
+    # Not before the model is there: in a process group, transformers saves in the first alone.
+    dist.init_process_group("nccl" if model.device.type == "cuda" else "gloo")
     if not fsdp:
         return DistributedDataParallel(model)
     base = model.get_base_model()  # whose forward runs in training and generation alike

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "".join(f"The number {i} is followed by the number {i + 1}. " for i in range(400))
-SMALL = ("--steps", "6", "--length", "16", "--rank", "4", "--learning-rate", "0.01")
+SMALL = ("--steps", "6", "--length", "32", "--rank", "4", "--learning-rate", "0.01")
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +145,7 @@ def test_two_processes_train_as_one_does(options, alone, model_folder, tmp_path)
     stdout, stderr = torchrun(2, *arguments, *options)
     assert stdout.count("14 of 14 PEFT layers fused") == 1
     assert stdout.split("LoRA layers computed by")[1].split()[:2] == ["PEFT", "reference"]
+    assert "140 of 140 calls ran fused" in stdout  # by 14 layers: 6 steps, 4 times validation
     assert numbers(stdout, "largest difference in loss")[0] < 1e-5
     for label in ("plain PEFT", "fused"):  # one progress bar each
         assert len(re.findall(rf"{label} *: +0%[^\r\n]*\?step/s\]", stderr)) == 1
@@ -153,6 +154,16 @@ def test_two_processes_train_as_one_does(options, alone, model_folder, tmp_path)
     assert files == expected - {text.relative_to(one)}
     states = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one, tmp_path)]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_share_4bit_weights(model_folder, text_file, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    stdout, _ = torchrun(2, *arguments, "--fsdp", "--load-in-4bit")
+    assert "84 of 140 calls ran fused" in stdout  # the steps; inference is left to bitsandbytes
+    assert numbers(stdout, "largest difference in loss")[0] < 1e-5
+    differ, allowed = numbers(stdout, "fused and merged logits differ by")
+    assert differ <= allowed < 1e-3
 
 
 def test_a_batch_that_processes_cannot_share_is_named_once(model_folder, tmp_path):

@@ -45,7 +45,8 @@ CASES = {
     "smoke": LayerCase("smoke", 32, 48, 4, 2, 2, 8, bf16),
 }
 CASES["full"] = CASES["gpu"]
-PROVIDERS = (FROZEN, AGAIN, "lora_kernels", "peft", "lora_kernels.default", "peft.default")
+APART = "lora_kernels.apart"  # layers that read one x do not share its gradient
+PROVIDERS = (FROZEN, AGAIN, "lora_kernels", APART, "peft", "lora_kernels.default", "peft.default")
 
 
 class Trainee(NamedTuple):
@@ -106,7 +107,7 @@ def trainees(case: LayerCase, device: torch.device) -> dict[str, Trainee]:
             for p in adapters:
                 p.data = p.data.float()
         if name.startswith("lora_kernels"):
-            fuse(model)
+            fuse(model, share_inputs=name != APART)
         built[name] = Trainee(model, adapters, torch.optim.AdamW(adapters, lr=1e-5), autocast)
     return built
 
@@ -139,7 +140,7 @@ def measure_layer(case: LayerCase, device: torch.device, seconds: float) -> dict
     x, dy = (torch.randn(shape, generator=generator).to(device, case.dtype) for _ in range(2))
     x.requires_grad_()
     verdicts = {
-        name: attempt(gate, case, trainee, built[name.replace("lora_kernels", "peft")], x, dy)
+        name: attempt(gate, case, trainee, built[peer(name)], x, dy)
         for name, trainee in built.items()
         if name.startswith("lora_kernels")
     }
@@ -155,6 +156,11 @@ def measure_layer(case: LayerCase, device: torch.device, seconds: float) -> dict
     }
     missing = dict.fromkeys(PROVIDERS, "absent: the adapters are fp32 in any case") | failed
     return {name: Row(facts(case, name), [], why) for name, why in missing.items()} | rows
+
+
+def peer(name: str) -> str:
+    """Return PEFT's counterpart of one of this project's providers."""
+    return "peft" if name == APART else name.replace("lora_kernels", "peft")
 
 
 def facts(case: LayerCase, provider: str) -> dict[str, Any]:

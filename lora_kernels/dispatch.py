@@ -20,14 +20,16 @@ class Backend(NamedTuple):
     `forward(call)` and `backward(call)` do the work on one typed object, the operands of a call in
     that direction; an operator's `operands.py` documents them and what is returned.
     `why_not_auto(problem, backward)` is the reason "auto" passes over it for that direction, or
-    None; a backend without one needs no proof.
+    None; a backend without one needs no proof. With `adds_dx`, `backward(call, onto)` adds dx to a
+    tensor in place.
     """
 
     name: str
     why_not: Callable[[Any], str | None]
     forward: Callable[[Any], Any]
-    backward: Callable[[Any], Any]
+    backward: Callable[..., Any]
     why_not_auto: Callable[[Any, bool], str | None] | None = None
+    adds_dx: bool = False
 
     def unproven(self, problem: Any, backward: bool = False) -> str | None:
         """Return why "auto" passes over this backend although it could run `problem`, or None."""

@@ -27,9 +27,14 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, dropout_p: float) 
     )
 
 
-def on_a_copy(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `run(copy of x)`; the first backward pass finds out whether x was written to."""
-    y = run(x.clone())
+def on_a_copy(
+    layer: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor], copied: Tensor | None = None
+) -> Tensor:
+    """Return `run(copy of x)`; the first backward pass finds out whether x was written to.
+
+    `copied` is a copy that there is already.
+    """
+    y = run(x.clone() if copied is None else copied)
     if layer.__dict__.get(WRITTEN) or x.is_inference() or not y.requires_grad:
         return y
     watched = x.detach()

@@ -30,7 +30,7 @@ LAYERS = (
     {"lora_kernels.distributed", "lora_kernels.saved_input"},
     {OP},
     {f"{OP}.op"},
-    {*BACKENDS, f"{OP}.composition", f"{OP}.flops"},
+    {*BACKENDS, f"{OP}.composition", f"{OP}.flops", f"{OP}.shared_dx"},
     {f"{OP}.operands"},
     {
         *(f"{OP}.{name}" for name in ("config", "schedule", "validate", "philox", "problem")),

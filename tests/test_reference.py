@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.ops.lora_linear import reference
+from lora_kernels.testing import CASES as ALL
 from lora_kernels.testing import (
     Case,
+    assert_accurate,
     bf16,
     check_backend,
+    expected,
     fp16,
     fp32,
     fp64,
@@ -60,6 +63,25 @@ def test_blocks_cover_a_range_once(length: int, width: int) -> None:
     assert [i for block in blocks for i in block] == list(range(length))
     # A tile that starts inside a Philox group would compute it twice.
     assert all(block.start % 8 == 0 for block in blocks)
+
+
+@pytest.mark.parametrize("case", [*ALL, Case(3, 700, 96, 20, bf16), *CASES], ids=str)
+def test_dx_is_added_to_what_is_there(case: Case) -> None:
+    """Rounded as seldom as autograd's own sum, and nothing else changes."""
+    inputs = make_inputs(case)
+    _, p, *alone = run_backend(reference.BACKEND, case, inputs)
+    onto = torch.randn(case.m, case.k, dtype=fp64).to(case.dtype) * case.magnitudes[-1]
+    there = onto.clone()
+    got = reference.backward(inputs.backward(case, p), onto)
+    for added, gradient in zip(got[1:], alone[1:], strict=True):
+        assert (added is None and gradient is None) or torch.equal(added, gradient)
+    if not case.needs[0]:
+        assert got.dx is None
+        assert torch.equal(onto, there)
+        return
+    assert got.dx is onto
+    exact = expected(case, inputs, fp64)["dx"] + there.to(fp64)
+    assert_accurate("dx", onto, exact, alone[0] + there)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import kind, without_ours
 from lora_kernels.peft.report import Report
 from lora_kernels.peft.sharding import rewrapped, wrapped_by_fsdp
+from lora_kernels.peft.sharing import share
 
 # PEFT's class, and the fused one: imported when such a layer is met, for its library may be heavy.
 KINDS = {
@@ -21,7 +22,7 @@ KINDS = {
 }
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> Report:
+def fuse(model: nn.Module, *, strict: bool = False, share_inputs: bool = True) -> Report:
     """Make every eligible PEFT LoRA layer of `model` run `lora_linear`, in place; say which are.
 
     Eligible are the layers for which `why_not` returns None now. A fused layer asks again at every
@@ -36,6 +37,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> Report:
         model: searched for PEFT layers.
         strict: raise where a PEFT layer cannot be fused, now or at a call, instead of running
             PEFT's code; a call without an adapter (disabled, merged, none active) is no such case.
+        share_inputs: let layers that read one x, as q, k and v do, add up their dx inside their
+            products, where that saves time; the sum is rounded where autograd's is, or less often.
 
     Raises:
         NotFused: strict, and a layer is not eligible; nothing was changed.
@@ -56,7 +59,9 @@ def fuse(model: nn.Module, *, strict: bool = False) -> Report:
     for layer in fused.values():
         layer.__class__ = rewrapped(type(layer), fused_class(layer))
     counts = {name: calls.watch(layer, strict) for name, layer in fused.items()}
-    return Report([*fused], not_fused, counts)
+    own: dict[str, Any] = fused
+    linear = {name: layer for name, layer in own.items() if type(layer).forward is Fused.forward}
+    return Report([*fused], not_fused, share(linear, share_inputs), counts)
 
 
 def unfuse(model: nn.Module) -> None:

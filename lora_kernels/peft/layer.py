@@ -15,7 +15,7 @@ from lora_kernels.distributed import dropout_seed
 from lora_kernels.ops.lora_linear import composition, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
-from lora_kernels.peft import calls
+from lora_kernels.peft import calls, sharing
 from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.merging import ExactMerge
 from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short, without_ours
@@ -74,9 +74,11 @@ class Fused(ExactMerge):
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
         # saved.
         made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
-        if not made and needs_a_copy(layer, x, lora_a, dropout_p):
-            return on_a_copy(layer, x, functools.partial(_run, layer, found))
-        return _run(layer, found, x)
+        copy = not made and needs_a_copy(layer, x, lora_a, dropout_p)
+        shared = sharing.stand_in(layer, *found[:2], x, found.dtype, copy)
+        if copy:
+            return on_a_copy(layer, x, functools.partial(_run, layer, found, x.dtype), shared)
+        return _run(layer, found, x.dtype, x if shared is None else shared)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as PEFT's layer, which any machine can load; there, `fuse` fuses it again."""
@@ -254,8 +256,8 @@ def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtyp
     return autocast
 
 
-def _run(layer: Any, found: Found, x: Tensor) -> Tensor:
-    """Run `lora_linear` on what is found."""
+def _run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Run `lora_linear` on what is found and x, or its stand-in in another dtype than x has."""
     frozen, adapter, _ = found
     bias = frozen.bias
     if (
@@ -270,17 +272,17 @@ def _run(layer: Any, found: Found, x: Tensor) -> Tensor:
         return lora_linear(
             x, frozen.weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed
         )
-    return _make_and_run(layer, found, x)
+    return _make_and_run(layer, found, x_dtype, x)
 
 
-def _make_and_run(layer: Any, found: Found, x: Tensor) -> Tensor:
+def _make_and_run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> Tensor:
     """Run `lora_linear` on what has to be made for this call, and add what it does not take."""
     frozen, adapter, dtype = found
     factors, bias = adapter.factors(), frozen.bias
     if adapter.compute is not None:
         return adapter.compute(x, frozen.weight, factors, bias)
     lora_a, lora_b, outside = factors
-    weight, x_dtype, make = frozen.weight, x.dtype, None
+    weight, make = frozen.weight, None
     if frozen.dense is not None:
         make = functools.partial(frozen.dense, dtype)  # again in the backward
         weight, x, bias = make(), x.to(dtype), None if bias is None else bias.to(dtype)

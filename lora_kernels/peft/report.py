@@ -20,6 +20,8 @@ class Report:
 
     fused: list[str]
     not_fused: dict[str, str]
+    # Groups of fused layers that add up their dx wherever they are seen to read one x.
+    may_share: list[list[str]] = field(default_factory=list)
     # The living counts of the fused layers.
     _counts: dict[str, dict[str, int]] = field(default_factory=dict, repr=False, compare=False)
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import AUTO, BackendUnavailable, select
-from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, triton
+from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, shared_dx, triton
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.problem import arch as device_arch
 from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
@@ -136,13 +137,14 @@ class _LoRALinear(torch.autograd.Function):
         )
         rebuild = rebuild if need_dx else None
         seed = seed if own_seed else None  # nobody else holds it: it needs no watching
-        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild, seed
+        joint = shared_dx.node_of(x) if need_dx and not traced else None
+        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild, seed, joint
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
-        shape, scaling, dropout_p, backend, problem, rebuild, own_seed = ctx.rest
+        shape, scaling, dropout_p, backend, problem, rebuild, own_seed, joint = ctx.rest
         if rebuild is not None:
             weight = rebuild().to(dy.dtype)  # autocast may have converted it
         if len(shape) != 2:
@@ -156,9 +158,9 @@ class _LoRALinear(torch.autograd.Function):
                 _not_twice()
             dx, da, db = _NotTwiceDifferentiable.apply(*call, scale, backend)
         else:
-            dx, da, db = _backward(call, backend, scale, problem)
+            dx, da, db = _backward(call, backend, scale, problem, joint)
         need_dx, need_da, need_db = call.needs
-        if need_dx and len(shape) != 2:
+        if dx is not None and need_dx and len(shape) != 2:  # None where it went to `joint`
             dx = dx.view(shape)
         return (
             dx if need_dx else None,
@@ -205,11 +207,16 @@ def _forward(
 
 
 def _backward(
-    call: Backward, backend: str, scale: Tensor | None, problem: Problem | None = None
+    call: Backward,
+    backend: str,
+    scale: Tensor | None,
+    problem: Problem | None = None,
+    joint: Any = None,
 ) -> tuple[Tensor | None, ...]:
+    """Return dx, da and db; None for a dx that went to `joint`."""
     if torch._C._is_any_autocast_enabled() and autocasts(call.dy):
         with torch.autocast(call.dy.device.type, enabled=False):
-            return _backward(call, backend, scale, problem)
+            return _backward(call, backend, scale, problem, joint)
     where = composition.surrounds(call.dy)
     if where:
         _refuse(backend, where)
@@ -219,7 +226,10 @@ def _backward(
         return _ops.lora_linear_backward.default(*call, backend, scale)
     if problem is None:
         problem = call.problem()
-    return select(BACKENDS, problem, backend, backward=True).backward(call)
+    chosen = select(BACKENDS, problem, backend, backward=True)
+    if joint is not None and chosen.adds_dx:
+        return shared_dx.add(joint, call, chosen.backward)
+    return chosen.backward(call)
 
 
 def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
@@ -237,6 +247,18 @@ def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
         select(BACKENDS, problem, backend, backward=backward) is reference.BACKEND
         for backward in (False, True)
     )
+
+
+def sums_dx(
+    x: Tensor, dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor, dropout_p: float
+) -> bool:
+    """Return whether "auto" has a backward in `dtype` run by a backend that adds up dx."""
+    if not x.is_cuda:  # no kernel runs there
+        return True
+    sizes = _tokens(x), lora_b.shape[0], x.shape[-1], lora_a.shape[0]
+    dtypes, dropout = (dtype, lora_a.dtype), dropout_p > 0
+    problem = Problem(*sizes, *dtypes, "cuda", device_arch(x.device), dropout=dropout)
+    return select(BACKENDS, problem, backward=True).adds_dx
 
 
 def _teach() -> None:

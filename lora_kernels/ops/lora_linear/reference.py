@@ -48,8 +48,8 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     return y, p
 
 
-def backward(call: Backward) -> Gradients:
-    """Return the needed ones of dx, da and db."""
+def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
+    """Return the needed ones of dx, da and db; dx is added to `onto` in place, where given."""
     dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p = call
     factor, power = call.scale()
     dx = da = None
@@ -60,7 +60,7 @@ def backward(call: Backward) -> Gradients:
     m, _, k, r = call.sizes()
     q = _project(dy, lora_b, factor)
     if weight is not None:
-        dx = torch.mm(dy, weight)
+        dx = torch.mm(dy, weight) if onto is None else onto.addmm_(dy, weight)
     if seed is None:
         if dx is not None and lora_a is not None:
             if q.dtype != dx.dtype:
@@ -100,7 +100,7 @@ def compose(call: Forward) -> Tensor:
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
-BACKEND = Backend("reference", why_not, forward, backward)
+BACKEND = Backend("reference", why_not, forward, backward, adds_dx=True)
 
 
 def oracle(

@@ -118,8 +118,9 @@ def in_float64(layer: Any) -> Any:
     for module in twin.modules():
         if hasattr(module, "config"):  # experts: a grouped product takes no float64
             module.config._experts_implementation = "eager"
-    if type(base).__module__.startswith("bitsandbytes"):
-        device = base.weight.device
+    library = type(base if type(base) is not nn.Linear else base.weight).__module__.split(".")[0]
+    if library in ("bitsandbytes", "torchao", "hqq"):
+        device = next(layer.parameters()).device
         identity = torch.eye(base.in_features, device=device, requires_grad=True)
         dense = nn.Linear(base.in_features, base.out_features, bias=False)
         dense.weight = nn.Parameter(base(identity).detach().t().contiguous(), requires_grad=False)

@@ -158,6 +158,21 @@ def _8bit(sizes: Sizes) -> nn.Module:
     return bnb.nn.Linear8bitLt(sizes.k, sizes.n, bias=False, has_fp16_weights=False)
 
 
+def _torchao(sizes: Sizes) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    holder = nn.Sequential(_linear(sizes))
+    quantize_(holder, Int8WeightOnlyConfig(version=2))
+    return holder[0]
+
+
+def _hqq(sizes: Sizes) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    how = BaseQuantizeConfig(nbits=4, group_size=64)
+    return HQQLinear(_linear(sizes), how, compute_dtype=fp32, device="cpu")
+
+
 def _peft_config(name: str, *arguments: Any, **options: Any) -> Any:
     """Return a configuration of PEFT's, or None without PEFT: then no case is built."""
     if find_spec("peft") is None:
@@ -194,9 +209,12 @@ CASES = (
     PeftCase("nf4", _4bit("nf4"), train=False, needs=_BNB),
     PeftCase("fp4", _4bit("fp4"), needs=_BNB),
     PeftCase("int8", _8bit, needs=_BNB),
+    PeftCase("torchao.int8", _torchao, needs=("torchao",)),
+    PeftCase("hqq4", _hqq, needs=("hqq",)),
     PeftCase("dora", _linear, ({"use_dora": True},)),
     PeftCase("dora.dropout", _linear, ({"use_dora": True, "lora_dropout": 0.05},)),
     PeftCase("adapters2", _linear, ({}, {})),
+    PeftCase("adapters2.dropout", _linear, ({"lora_dropout": 0.05}, {"lora_dropout": 0.05})),
     PeftCase("adapters4", _linear, ({}, {"lora_alpha": R}, {}, {})),
     PeftCase("conv1d", _conv1d, ({"fan_in_fan_out": True},)),
     PeftCase("lora_bias", _with_bias, ({"lora_bias": True},)),

@@ -141,7 +141,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         dropout_p = self.lora_dropout if self.training else 0.0
-        if needs_a_copy(self, x, self.lora_A, dropout_p):
+        if needs_a_copy(self, x, self.lora_A, dropout_p > 0):
             return on_a_copy(self, x, self._adapted)
         return self._adapted(x)
 

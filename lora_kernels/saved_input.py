@@ -15,10 +15,13 @@ WRITTEN = "_lora_kernels_x_is_written_to"  # in a layer's __dict__, once that is
 _TENSOR = (Tensor, nn.Parameter)
 
 
-def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, dropout_p: float) -> bool:
-    """Return whether x would be saved where PEFT saves something else, and may be written to."""
+def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> bool:
+    """Return whether x would be saved where PEFT saves something else, and may be written to.
+
+    made: whether PEFT saves what it makes of an x of lora_a's dtype, too.
+    """
     return (
-        (dropout_p > 0 or lora_a.dtype != x.dtype)
+        (made or lora_a.dtype != x.dtype)
         and layer.__dict__.get(WRITTEN) is not False
         and lora_a.requires_grad
         and torch.is_grad_enabled()

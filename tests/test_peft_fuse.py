@@ -153,7 +153,6 @@ LEFT_TO_PEFT: dict[str, tuple[Callable[[PeftModel], Any], str]] = {
     ),
     "none active": (lambda m: m.base_model.set_adapter([]), "no active adapter"),
     "not in this layer": (lambda m: add_other(m, target_modules=["down"]), "no active adapter"),
-    "alora": (lambda m: add_other(m, alora_invocation_tokens=[1]), "variant ALoraLinearVariant"),
     "velora": (
         lambda m: add_other(m, velora_config=lora_config.VeloraConfig(num_groups=2)),
         "variant VeloraLinearVariant",

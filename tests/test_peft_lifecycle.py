@@ -91,23 +91,6 @@ def test_disable_adapter_context() -> None:
     assert_close_to_peft(fused, plain, x)
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_leaves_mixed_adapter_batches_to_peft(train: bool) -> None:
-    plain = peft_model()
-    add_other(plain)
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    inputs = {"adapter_names": ["default", "__base__", "other"]}
-    layer = fused.base_model.model.up
-    assert "adapter_names" in why_not(layer, x_for(plain), **inputs)
-    if train:  # PEFT refuses
-        with pytest.raises(ValueError, match="training mode"):
-            fused.train()(x_for(plain), **inputs)
-        return
-    fused.eval(), plain.eval()
-    assert_same_as_peft(fused, plain, x_for(plain), **inputs)
-
-
 def test_scaling_changes_are_followed() -> None:
     fused, plain = pair()
     for model in (fused, plain):

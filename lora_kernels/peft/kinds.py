@@ -19,6 +19,8 @@ KINDS = {
     "peft.tuners.lora.bnb.Linear4bit": "lora_kernels.peft.quantised.FusedLinear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt": "lora_kernels.peft.quantised.FusedLinear8bitLt",
     "peft.tuners.lora.layer.ParamWrapper": "lora_kernels.peft.experts.ParamWrapper",
+    "peft.tuners.lora.hqq.HqqLoraLinear": "lora_kernels.peft.hqq.FusedHqqLinear",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear": "lora_kernels.peft.torchao.FusedTorchaoLinear",
 }
 
 

@@ -17,6 +17,8 @@ from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 from lora_kernels.peft import calls, sharing
 from lora_kernels.peft.adapters import adapter_of, joined
+from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
+from lora_kernels.peft.lora import plain
 from lora_kernels.peft.merging import ExactMerge
 from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short, without_ours
 from lora_kernels.peft.rows import add_row
@@ -72,10 +74,12 @@ class Fused(ExactMerge):
         layer: Any = self
         lora_a, _, _, dropout_p, *_ = found.adapter
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
-        # saved.
+        # saved. Of the rows of some adapters PEFT saves copies.
         made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
-        copy = not made and needs_a_copy(layer, x, lora_a, dropout_p)
-        shared = sharing.stand_in(layer, *found[:2], x, found.dtype, copy)
+        copy = not made and needs_a_copy(layer, x, lora_a, dropout_p > 0 or bool(kwargs))
+        shared = None
+        if not kwargs and not found.adapter.others:  # else x is read outside the operator, too
+            shared = sharing.stand_in(layer, *found[:2], x, found.dtype, copy)
         if copy:
             return on_a_copy(layer, x, functools.partial(_run, layer, found, x.dtype), shared)
         return _run(layer, found, x.dtype, x if shared is None else shared)
@@ -111,23 +115,26 @@ def find(
 
     Without x the answer is for an x of the base weight's dtype.
     """
-    if _few_rows_on_a_cpu(x):
+    if not kwargs and _few_rows_on_a_cpu(x):
         return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
     if not isinstance(layer, own) and "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    if args or kwargs:
+    if args or not ARGUMENTS.issuperset(kwargs):
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
     if layer.disable_adapters:
         return calls.DISABLED
     if layer.merged:
         return calls.MERGED
+    names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+    if names is not None and x is not None:
+        return find_for(layer, own, by_row(layer, x, names, offsets), x)
     present = layer._modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
     now = x is not None
     if not active:
         return calls.NO_ADAPTER
     if len(active) == 1:
-        return find_for(layer, own, adapter_of(layer, active[0], now=now), x)
+        return find_for(layer, own, _the_one(layer, active[0], x, offsets), x)
     adapters = []
     for name in active:
         adapter = adapter_of(layer, name, now=now)
@@ -135,6 +142,15 @@ def find(
             return f"{adapter} (adapter {name!r} of {len(active)} active ones)"
         adapters.append(adapter)
     return find_for(layer, own, joined(adapters), x)
+
+
+def _the_one(layer: Any, name: str, x: Tensor | None, offsets: Any) -> Adapter | str:
+    """Return the only active adapter."""
+    if not is_alora(layer, name):
+        return adapter_of(layer, name, now=x is not None)
+    return (
+        plain(layer, name, now=False) if x is None else by_row(layer, x, [name] * len(x), offsets)
+    )
 
 
 def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | None) -> Found | str:
@@ -155,7 +171,8 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
         or _dtypes(layer, frozen, adapter, x, dtype, autocast)
         or _splits(frozen, adapter)
     )
-    if reason is None and adapter.derive is not None and _few_rows(x) and not adapter.collective:
+    made_anew = adapter.derive is not None and adapter.compute is None
+    if reason is None and made_anew and _few_rows(x) and not adapter.collective:
         reason = f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster here"
     return reason or Found(frozen, adapter, dtype)
 
@@ -204,14 +221,18 @@ def _dtypes(
             return f"x is {short(x.dtype)} beside a {short(frozen.dtype)} base weight"
         if bias is not None and _computed_in(bias.dtype, autocast) != dtype:
             return f"base bias is {short(bias.dtype)} beside a {short(frozen.dtype)} base weight"
-    elif x is not None and x.dtype.itemsize >= dtype.itemsize and x.dtype != dtype:
+    elif (
+        x is not None
+        and x.dtype != dtype
+        and not (frozen.y_like_x and x.dtype.itemsize < dtype.itemsize)
+    ):
         rounded_by_autocast = autocast is not None and x.dtype == torch.float32
         # One rounding of x cannot serve both: PEFT's low-rank path reads x as it is.
         if not rounded_by_autocast:
             return f"x is {short(x.dtype)} where the base computes in {short(dtype)}"
     if adapter.compute is not None:
         if frozen.dense is not None:
-            return "DoRA over a quantised base"
+            return "DoRA, or an adapter for some rows alone, over a quantised base"
         if adapter.dropout_p and autocast is None and lora_a.dtype != dtype:
             return f"DoRA drops from an x of {short(lora_a.dtype)}, the base reads {short(dtype)}"
     if lora_a.dtype != dtype:
@@ -228,7 +249,7 @@ def _splits(frozen: Frozen, adapter: Adapter) -> str | None:
         return None
     if frozen.split != adapter.split:
         return "tensor parallelism shares out the base weight and the adapter in different ways"
-    if adapter.derive is not None or adapter.compute is not None:
+    if adapter.derive is not None or adapter.compute is not None or adapter.others:
         return "tensor parallelism of factors that are derived (several adapters, DoRA, KaSA)"
     trains = frozen.bias is not None and frozen.bias.requires_grad
     return "base bias is trainable under tensor parallelism" if trains else None
@@ -263,6 +284,7 @@ def _run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> Tensor:
     if (
         adapter.derive is None
         and adapter.compute is None
+        and not adapter.others
         and frozen.dense is None
         and frozen.split is None
         and (bias is None or not bias.requires_grad)
@@ -282,7 +304,7 @@ def _make_and_run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> 
     if adapter.compute is not None:
         return adapter.compute(x, frozen.weight, factors, bias)
     lora_a, lora_b, outside = factors
-    weight, make = frozen.weight, None
+    weight, as_given, make = frozen.weight, x, None
     if frozen.dense is not None:
         make = functools.partial(frozen.dense, dtype)  # again in the backward
         weight, x, bias = make(), x.to(dtype), None if bias is None else bias.to(dtype)
@@ -302,4 +324,7 @@ def _make_and_run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> 
         y = split.outward(y)
     if outside is not None:
         y = add_row(y, outside)
-    return y.to(x_dtype) if frozen.y_like_x else y
+    y_dtype = x_dtype if frozen.y_like_x else y.dtype
+    for other in adapter.others:
+        y = other.added_to(y, as_given)
+    return y.to(y_dtype)

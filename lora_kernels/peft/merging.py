@@ -30,23 +30,22 @@ class ExactMerge:
         kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
         if not layer.merged and self._owns(base):
             kept = self.keep(base)
-        elif kept is not None and stamp != _stamp(base):
+        elif kept is not None and stamp != self._stamp(base):
             kept = None  # W was written to while merged: these bits are of another one
         try:
             layer.plain.merge(layer, safe_merge, adapter_names)
         finally:
             if layer.merged and kept is not None:
-                layer.__dict__[_KEPT] = kept, _stamp(base)
+                layer.__dict__[_KEPT] = kept, self._stamp(self.held())
 
     def unmerge(self) -> None:
         """Unmerge as PEFT does, and put the frozen bits back unless W was written to meanwhile."""
         layer: Any = self
-        base = self.held()
         kept, stamp = layer.__dict__.pop(_KEPT, (None, None))
-        exact = kept is not None and stamp == _stamp(base)
+        exact = kept is not None and stamp == self._stamp(self.held())
         layer.plain.unmerge(layer)
         if exact and not layer.merged:
-            self.restore(base, kept)
+            self.restore(self.held(), kept)  # which may be another one now
 
     def held(self) -> Any:
         """Return the holder of the weight and the bias that merging writes to."""
@@ -70,13 +69,23 @@ class ExactMerge:
                 exact *= (magnitude / norms).unsqueeze(1)
         return exact.t() if layer.is_target_conv_1d_layer else exact
 
-    @staticmethod
-    def _owns(base: Any) -> bool:
+    def _owns(self, base: Any) -> bool:
         """Return whether the layer's tensors lie here, whole, rather than sharded or on meta."""
         return all(
             t is None or (not is_traceable_wrapper_subclass(t) and t.device.type != "meta")
-            for t in _tensors(base)
+            for t in self.inside(base)
         )
+
+    def _stamp(self, base: Any) -> list[Any]:
+        """Return a fingerprint of the layer's tensors: equal for equal bits, in copies as well."""
+        return [
+            None if t is None else (t.dtype, t.shape, _fingerprint(t)) for t in self.inside(base)
+        ]
+
+    @staticmethod
+    def inside(base: Any) -> list[Any]:
+        """Return the tensors (or None) that hold what merging changes."""
+        return [base.weight, base.bias]
 
     @staticmethod
     def keep(base: Any) -> Any:
@@ -114,11 +123,6 @@ def _loss(layer: Any, frozen: Tensor) -> float:
     return 0.0 if change == 0 else ((merged - exact).norm() / change).item()
 
 
-def _stamp(base: Any) -> list[Any]:
-    """Return a fingerprint of the layer's tensors: equal for equal bits, in copies as well."""
-    return [None if t is None else (t.dtype, t.shape, _fingerprint(t)) for t in _tensors(base)]
-
-
 def _fingerprint(tensor: Tensor) -> tuple[int, bytes]:
     """Return `Σ word·odd number`, modulo 2⁶⁴: a write that no version counter saw changes it."""
     flat = tensor.detach().as_subclass(Tensor).reshape(-1)
@@ -133,7 +137,3 @@ def _fingerprint(tensor: Tensor) -> tuple[int, bytes]:
         for n, block in enumerate(words.split(_BLOCK))
     ]
     return int(torch.stack(sums).sum()), bytes(octets[whole:].tolist())
-
-
-def _tensors(base: Any) -> tuple[Any, Any]:
-    return base.weight, base.bias

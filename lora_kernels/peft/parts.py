@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.peft.tensor_parallel import Split
@@ -16,9 +17,9 @@ class Frozen(NamedTuple):
     bias: Tensor | None
     # What the layer computes in outside autocast.
     dtype: torch.dtype
-    # For a quantised W: makes it in a given dtype. Such a layer takes x of a narrower dtype, too.
+    # For a quantised W: makes it in a given dtype.
     dense: Callable[[torch.dtype], Tensor] | None = None
-    # Whether y has x's dtype rather than the one computed in.
+    # Whether y has x's dtype rather than the one computed in; x may then be of a narrower one.
     y_like_x: bool = False
     # How processes share W out; it and the bias are then this process's shards.
     split: Split | None = None
@@ -48,10 +49,20 @@ class Adapter(NamedTuple):
     collective: bool = False
     # How processes share A or B out, as W; these are then this process's shards.
     split: Split | None = None
+    # Adapters that are added to y one by one: each drops elements of its own.
+    others: tuple["Adapter", ...] = ()
 
     def factors(self) -> Factors:
         """Return what this call multiplies by."""
         return self.derive() if self.derive else Factors(self.lora_a, self.lora_b, None)
+
+    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return `y + s·drop(x)·Aᵀ·Bᵀ (+ bias)` out of PyTorch's own operators, as PEFT does."""
+        lora_a, lora_b, bias = self.factors()
+        x = x.to(lora_a.dtype)
+        dropped = F.dropout(x, self.dropout_p) if self.dropout_p else x
+        y = y + F.linear(F.linear(dropped, lora_a), lora_b) * self.scaling
+        return y if bias is None else y + bias
 
 
 def not_plain(

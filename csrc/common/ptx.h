@@ -13,8 +13,6 @@
 
 #include "types.h"
 
-#define LORA_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
-#define LORA_PARAMETER __grid_constant__
 #define LORA_DEVICE __device__ __forceinline__
 #define LORA_HOST_DEVICE __host__ __device__ __forceinline__
 

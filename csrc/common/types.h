@@ -1,7 +1,5 @@
-// What both the host and the kernels speak of: element types, dropout, scaling, failure and stream.
+// What both the host and the kernels speak of: element types, dropout, scaling and failure.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <string>

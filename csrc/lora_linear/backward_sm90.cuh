@@ -163,8 +163,8 @@ LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pi
 }
 
 template <class Element, class Adapter>
-LORA_KERNEL(kThreads)
-lora_linear_backward(const LORA_PARAMETER BackwardParameters f) {
+__global__ void __launch_bounds__(kThreads, 1)
+    lora_linear_backward(const __grid_constant__ BackwardParameters f) {
   run_items<Adapter>(
       f.ctas, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },

@@ -102,8 +102,8 @@ LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store
 }
 
 template <class Element, class Adapter>
-LORA_KERNEL(kThreads)
-lora_linear_forward(const LORA_PARAMETER ForwardParameters f) {
+__global__ void __launch_bounds__(kThreads, 1)
+    lora_linear_forward(const __grid_constant__ ForwardParameters f) {
   run_items<Adapter>(
       f.ctas, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },

@@ -4,6 +4,8 @@
 // where s/(1-p) = m*2^e and `keep` zeroes what dropout drops.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 #include "../common/types.h"

@@ -46,7 +46,6 @@ class Grid:
     resident: int = 3  # clusters that run at the same time
     seed: int = 0
     adversarial: bool = True  # else for counting: no races, and nothing counted hangs on chance
-    strict: bool = False
     limit: int = 100_000_000  # warp instructions
 
 
@@ -109,7 +108,6 @@ def run(kernel: Kernel, parameters: bytes, memory: Memory, grid: Grid) -> Run:
         resident=grid.resident,
         seed=grid.seed,
         adversarial=grid.adversarial,
-        strict=grid.strict,
         limit=grid.limit,
         memory=[(*where, writable) for where, writable in memory.ranges.items()],
         parameters=parameters,

@@ -23,7 +23,6 @@ class Machine:
     multiprocessors: int = 6
     resident: int = 3
     adversarial: bool = True
-    strict: bool = False
     limit: int = 100_000_000
     judged: bool = True
     edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
@@ -36,7 +35,6 @@ class Machine:
             resident=self.resident,
             seed=self.seed,
             adversarial=self.adversarial,
-            strict=self.strict,
             limit=self.limit,
         )
         self.runs.append(run(self.edit(kernel), parameters, memory, grid))

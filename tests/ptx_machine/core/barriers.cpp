@@ -223,10 +223,10 @@ void arrive(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     if (barrier.pending < count) m.fail(w, "more arrivals than the mbarrier expects");
     const bool near = &cta == w.cta;
     // To another CTA, what is released to this CTA alone says that this warp's reads are over, not
-    // what it wrote. That TMA's writes are over too is what everybody assumes; `strict` does not.
+    // what it wrote. That TMA's writes are over too is what everybody assumes.
     const auto reads = [&](u32 agent) {
-      if (m.races.is_barrier(agent)) return !m.launch.strict;
-      return agent % kKinds == kRead || agent % kKinds == kProduct || agent % kKinds == kBulkRead;
+      return m.races.is_barrier(agent) || agent % kKinds == kRead || agent % kKinds == kProduct ||
+             agent % kKinds == kBulkRead;
     };
     if (!i.number[kRelaxed]) {
       if (near) {

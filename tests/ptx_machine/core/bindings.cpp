@@ -40,7 +40,7 @@ Program program(const std::vector<int>& registers, const py::list& statements) {
 }
 
 py::dict run(const Program& program, const std::vector<u32>& grid, u32 cluster, u32 threads,
-             u32 shared_bytes, u32 resident, u32 seed, bool adversarial, bool strict, u64 limit,
+             u32 shared_bytes, u32 resident, u32 seed, bool adversarial, u64 limit,
              const std::vector<std::tuple<u64, u64, bool>>& memory, const std::string& parameters) {
   Launch launch;
   std::copy(grid.begin(), grid.end(), launch.grid);
@@ -50,7 +50,6 @@ py::dict run(const Program& program, const std::vector<u32>& grid, u32 cluster, 
   launch.resident = resident;
   launch.seed = seed;
   launch.adversarial = adversarial;
-  launch.strict = strict;
   launch.limit = limit;
   std::vector<Allocation> allocations;
   for (const auto& [base, bytes, writable] : memory)
@@ -87,6 +86,5 @@ PYBIND11_MODULE(_machine, module) {
   py::class_<Program>(module, "Program").def(py::init(&program));
   module.def("run", &run, py::arg("program"), py::kw_only(), py::arg("grid"), py::arg("cluster"),
              py::arg("threads"), py::arg("shared_bytes"), py::arg("resident"), py::arg("seed"),
-             py::arg("adversarial"), py::arg("strict"), py::arg("limit"), py::arg("memory"),
-             py::arg("parameters"));
+             py::arg("adversarial"), py::arg("limit"), py::arg("memory"), py::arg("parameters"));
 }

@@ -24,7 +24,6 @@ struct Launch {
   u32 resident = 3;  // clusters at a time
   u32 seed = 0;
   bool adversarial = true;  // else no race is looked for, and counts depend on no chance
-  bool strict = false;      // count what the letter of the memory model does not promise
   u64 limit = 0;            // warp instructions
 };
 

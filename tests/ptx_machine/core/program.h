@@ -134,9 +134,6 @@ class Decoder {
   s64 address(int operand, int bytes);
   s64 immediate(int operand) const;
   s64 label(int operand) const;
-  bool is_register(int operand, int part = 0) const {
-    return operand_part(operand, part).kind == 'r';
-  }
 
  private:
   const Scalar& operand_part(int operand, int part) const;

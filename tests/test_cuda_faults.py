@@ -19,10 +19,9 @@ from ptx_machine.faults import (
     FAULTS,
     Change,
     Fault,
-    _immediate,
-    _number,
-    _removed,
-    _with,
+    immediate,
+    removed,
+    with_operand,
 )
 from ptx_machine.launch import MAGIC, Grid, Memory, Run
 from ptx_machine.machine import Machine, dirty_words
@@ -85,7 +84,7 @@ NAMED = {fault.name: fault.change for fault in FAULTS}
 def _arrives_twice(statement: Statement) -> Change | None:
     if not re.match(r"mbarrier\.arrive(?!\.expect)", statement.opcode):
         return None
-    return {"operands": (*statement.operands, _immediate(2))}
+    return {"operands": (*statement.operands, immediate(2))}
 
 
 def _without_leading_offset(statement: Statement) -> Change | None:
@@ -93,7 +92,7 @@ def _without_leading_offset(statement: Statement) -> Change | None:
     for at, (parts, _, _) in enumerate(statement.operands):
         kind, value, _ = parts[0]
         if kind == "i" and statement.opcode == "or.b64" and value >> 16 == 1 << 46 | 64 << 16 | 512:
-            return {"operands": _with(statement, at, _immediate(value - (512 - 64 << 16)))}
+            return {"operands": with_operand(statement, at, immediate(value - (512 - 64 << 16)))}
     return None
 
 
@@ -107,19 +106,16 @@ PRIMITIVES: dict[str, tuple[Callable[[Statement], Change | None], str]] = {
         NAMED["the phase waited for never flips"],
         r"mbarrier\.arrive\.expect_tx",
     ),
-    "no shared proxy fence": (_removed(r"fence\.proxy\.async\.shared.*"), "all"),
+    "no shared proxy fence": (removed(r"fence\.proxy\.async\.shared.*"), "all"),
     "no acquire": (NAMED["a fence is removed"], r"fence\.proxy\.async\.global"),
-    "no global proxy fence": (_removed(r"fence\.proxy\.async\.global"), "all"),
+    "no global proxy fence": (removed(r"fence\.proxy\.async\.global"), "all"),
     "the leading offset is ignored": (_without_leading_offset, "all"),
     "a store's shared memory is reused at once": (
-        _removed(r"cp\.async\.bulk\.wait_group\.read"),
+        removed(r"cp\.async\.bulk\.wait_group\.read"),
         "all",
     ),
-    "written stands for read": (NAMED["read stands for written"], "all"),
-    "a product is not waited for": (
-        _number(r"^wgmma\.wait_group", 0, lambda pending: pending + 1),
-        "all",
-    ),
+    "read stands for written": (NAMED["read stands for written"], "all"),
+    "a product is not waited for": (NAMED["a product waits for a group less"], "all"),
 }
 LOOK_AHEAD = 14  # statements
 

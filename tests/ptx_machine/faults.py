@@ -45,7 +45,9 @@ class Fault(NamedTuple):
         return kernel
 
 
-def _removed(pattern: str) -> Callable[[Statement], Change | None]:
+def removed(pattern: str) -> Callable[[Statement], Change | None]:
+    """Leave out the statements whose opcode `pattern` is."""
+
     def change(statement: Statement) -> Change | None:
         if not re.fullmatch(pattern, statement.opcode):
             return None
@@ -74,16 +76,18 @@ def _number(pattern: str, operand: int, new: Callable[[int], int]) -> Callable[[
         kind, value, _ = statement.operands[at][0][0]
         if kind != "i" or new(value) == value:
             return None
-        return {"operands": _with(statement, at, _immediate(new(value)))}
+        return {"operands": with_operand(statement, at, immediate(new(value)))}
 
     return change
 
 
-def _immediate(value: int) -> Operand:
+def immediate(value: int) -> Operand:
+    """Return a number as an operand."""
     return (("i", value, ""),), 0, False
 
 
-def _with(statement: Statement, at: int, operand: Operand) -> tuple[Operand, ...]:
+def with_operand(statement: Statement, at: int, operand: Operand) -> tuple[Operand, ...]:
+    """Return the operands of a statement with another in one place."""
     operands = list(statement.operands)
     operands[at] = operand
     return tuple(operands)
@@ -108,7 +112,7 @@ def _swapped_major(which: int) -> Callable[[Statement], Change | None]:
         if at < 6:
             return None
         old = statement.operands[at][0][0][1]
-        return {"operands": _with(statement, at, _immediate(1 - old))}
+        return {"operands": with_operand(statement, at, immediate(1 - old))}
 
     return change
 
@@ -120,9 +124,9 @@ def _wait(parity: int | None) -> Callable[[Statement], Change | None]:
         if not statement.opcode.startswith("mbarrier.try_wait.parity"):
             return None
         if parity is None:
-            operands = statement.operands[0], _immediate(0), _immediate(0)
+            operands = statement.operands[0], immediate(0), immediate(0)
             return {"opcode": "setp.eq.b32", "operands": operands}
-        return {"operands": _with(statement, 2, _immediate(parity))}
+        return {"operands": with_operand(statement, 2, immediate(parity))}
 
     return change
 
@@ -133,7 +137,7 @@ def _operand(pattern: str, operand: int, value: int) -> Callable[[Statement], Ch
     def change(statement: Statement) -> Change | None:
         if not re.search(pattern, statement.opcode):
             return None
-        return {"operands": _with(statement, operand, _immediate(value))}
+        return {"operands": with_operand(statement, operand, immediate(value))}
 
     return change
 
@@ -171,14 +175,14 @@ def _long_step(statement: Statement) -> Change | None:
     kind, value, _ = statement.operands[2][0][0]
     if kind != "i" or value <= 1:
         return None
-    return {"operands": _with(statement, 2, _immediate(2 * value))}
+    return {"operands": with_operand(statement, 2, immediate(2 * value))}
 
 
 def _known_flag(statement: Statement) -> Change | None:
     """Let a load of a flag find it raised."""
     if not statement.opcode.startswith("ld.global.gpu.acquire."):
         return None
-    return {"opcode": "mov.b32", "operands": (statement.operands[0], _immediate(1 << 20))}
+    return {"opcode": "mov.b32", "operands": (statement.operands[0], immediate(1 << 20))}
 
 
 def _kept_local(statement: Statement) -> Change | None:
@@ -197,7 +201,7 @@ def _shifted_descriptor(bit: int) -> Callable[[Statement], Change | None]:
         for at, (parts, _, _) in enumerate(statement.operands):
             kind, value, _ = parts[0]
             if kind == "i" and (value % (1 << 64)) >> 62 and (value >> 32 & 0x3FFF):
-                return {"operands": _with(statement, at, _immediate(value + (1 << bit)))}
+                return {"operands": with_operand(statement, at, immediate(value + (1 << bit)))}
         return None
 
     return change
@@ -210,21 +214,21 @@ def _unmasked(mask: int) -> int:
 
 # Faults in how data moves and who waits for it.
 FAULTS = (
-    Fault("a barrier of the CTA is removed", _removed(r"bar(rier)?(\.cta)?\.sync(\.aligned)?")),
-    Fault("a barrier of the cluster is removed", _removed(r"barrier\.cluster\..*")),
+    Fault("a barrier of the CTA is removed", removed(r"bar(rier)?(\.cta)?\.sync(\.aligned)?")),
+    Fault("a barrier of the cluster is removed", removed(r"barrier\.cluster\..*")),
     Fault(
         "cp.async waits for a group less", _number(r"^cp\.async\.wait_group", 0, lambda n: n + 1)
     ),
     Fault("a product waits for a group less", _number(r"^wgmma\.wait_group", 0, lambda n: n + 1)),
-    Fault("wgmma.fence is removed", _removed(r"wgmma\.fence\..*")),
+    Fault("wgmma.fence is removed", removed(r"wgmma\.fence\..*")),
     Fault(
         "a release is relaxed", _renamed(r"\b(release|acq_rel)(?=\.add|\.exch|\.cas)", "relaxed")
     ),
     Fault(
         "an acquire is relaxed", _renamed(r"^((?:ld|atom)\.global\.gpu)\.acquire", r"\1.relaxed")
     ),
-    Fault("a fence is removed", _removed(r"fence\.acq_rel\..*|membar\..*")),
-    Fault("a proxy fence is removed", _removed(r"fence\.proxy\..*")),
+    Fault("a fence is removed", removed(r"fence\.acq_rel\..*|membar\..*")),
+    Fault("a proxy fence is removed", removed(r"fence\.proxy\..*")),
     Fault("a matrix is loaded or stored transposed", _toggled_transposition),
     Fault("A is read transposed", _swapped_major(0)),
     Fault("B is read transposed", _swapped_major(1)),
@@ -234,14 +238,14 @@ FAULTS = (
     Fault("the phase waited for never flips", _wait(0), joint=True),
     Fault("an mbarrier is not waited for", _wait(None), joint=True),
     Fault("half of the bytes are expected", _number(r"expect_tx", 2, lambda n: n // 2)),
-    Fault("an arrival is removed", _removed(r"mbarrier\.arrive(?!\.expect).*")),
+    Fault("an arrival is removed", removed(r"mbarrier\.arrive(?!\.expect).*")),
     Fault(
         "an arrival is relaxed",
         _renamed(r"^mbarrier\.arrive(\.release\.\w+)?(?=\.shared)", "mbarrier.arrive.relaxed.cta"),
     ),
     Fault("the peer's mbarrier is taken for the own", _kept_local),
     Fault("a box for several CTAs goes to one", _operand(r"^cp\.async.*\.multicast", 3, 1)),
-    Fault("nobody is told of an mbarrier's init", _removed(r"fence\.mbarrier_init.*")),
+    Fault("nobody is told of an mbarrier's init", removed(r"fence\.mbarrier_init.*")),
     Fault(
         "a remote release is for the own CTA",
         _renamed(r"arrive\.release\.cluster", "arrive.release.cta"),
@@ -254,9 +258,9 @@ FAULTS = (
         "read stands for written",
         _renamed(r"^cp\.async\.bulk\.wait_group$", "cp.async.bulk.wait_group.read"),
     ),
-    Fault("a store is removed", _removed(r"st\.global\..*")),
-    Fault("an addition is removed", _removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
-    Fault("a group of cp.async is never closed", _removed(r"cp\.async\.commit_group")),
+    Fault("a store is removed", removed(r"st\.global\..*")),
+    Fault("an addition is removed", removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
+    Fault("a group of cp.async is never closed", removed(r"cp\.async\.commit_group")),
     Fault("a flag is not waited for", _known_flag),
     Fault(
         "a release is for the own CTA",
@@ -270,7 +274,7 @@ COMPUTED = (
     Fault("a factor is left out", _moved(r"mul\.(f32)")),
     Fault("a swizzle is left out", _moved(r"xor\.(b32)")),
     Fault("what is dropped out is kept", _moved(r"selp\.(b16|f32)")),
-    Fault("a product is left out", _removed(r"mma\.sync\..*")),
+    Fault("a product is left out", removed(r"mma\.sync\..*")),
     Fault("a loop skips every second step", _long_step),
     Fault("the random bits are others", _number(r"^mul\.hi\.u32", 2, lambda n: n + (1 << 28))),
 )

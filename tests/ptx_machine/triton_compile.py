@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,4 +98,4 @@ def _parsed(text: str) -> Kernel:
     return parse(text)
 
 
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))

@@ -1,6 +1,8 @@
 """The trainers people use, with one line more: `fuse(trainer.model)`."""
 
 import copy
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,45 +112,32 @@ def assert_same(got: Trainer, expected: Trainer, rtol: float = 1e-4) -> None:
     torch.testing.assert_close(adapters(got.model), adapters(expected.model), rtol=1e-2, atol=2e-3)
 
 
-CHECKPOINTING = {
-    "plain": {},
-    "checkpointing": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    },
-    "reentrant": {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": True},
-    },
-}
+CHECKPOINTING: tuple[dict[str, Any], ...] = (
+    {},
+    *(
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": each}}
+        for each in (False, True)
+    ),
+)
 
 
-@pytest.mark.parametrize("options", [*CHECKPOINTING.values(), {"packing": True}], ids=str)
-def test_sft(
-    options: dict[str, Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*itertools.product((sft, dpo), CHECKPOINTING), (sft, {"packing": True})],
+)
+def test_fused_and_plain_learn_the_same(
+    kind: Callable[..., Trainer],
+    options: dict[str, Any],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain = sft(base_of_llama(), tmp_path, tokenizer, **options)
-    fused = sft(base_of_llama(), tmp_path, tokenizer, **options)
+    plain, fused = (kind(base_of_llama(), tmp_path, tokenizer, **options) for _ in range(2))
     assert len(fuse(fused.model).fused) == LAYERS
     with calls_of_lora_linear(monkeypatch) as calls:
         fused.train()
     again = 2 if "gradient_checkpointing" in options else 1
-    assert len(calls) == LAYERS * STEPS * again
-    plain.train()
-    assert_same(fused, plain)
-
-
-@pytest.mark.parametrize("options", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
-def test_dpo(
-    options: dict[str, Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = dpo(base_of_llama(), tmp_path, tokenizer, **options)
-    fused = dpo(base_of_llama(), tmp_path, tokenizer, **options)
-    assert len(fuse(fused.model).fused) == LAYERS
-    with calls_of_lora_linear(monkeypatch) as calls:
-        fused.train()
-    again = 2 if "gradient_checkpointing" in options else 1
-    # The reference model is this one with its adapters disabled: PEFT's own forward.
+    # DPO's reference model is this one with its adapters disabled: PEFT's own forward.
     assert len(calls) == LAYERS * STEPS * again
     plain.train()
     assert_same(fused, plain)

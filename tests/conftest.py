@@ -2,11 +2,13 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 from lora_kernels import dispatch
 
@@ -49,6 +51,22 @@ def _no_choice_from_another_test() -> None:
 def _small_layers_run_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     if "lora_kernels.peft.layer" in sys.modules:
         monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """What is compiled meets nothing that another test compiled, and leaves nothing."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

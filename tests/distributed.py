@@ -25,7 +25,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lora_kernels.peft import fuse
-from lora_kernels.peft.layer import Fused
 from lora_kernels.testing import assert_accurate
 
 RANKS = 2
@@ -231,10 +230,6 @@ def compare(
 
 def _joined(found: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1).to(fp32) for value in found.values()])
-
-
-def fused_layers(model: nn.Module) -> int:
-    return sum(isinstance(m, Fused) for m in model.modules())
 
 
 def fuse_all(model: nn.Module) -> None:

@@ -3,12 +3,10 @@
 import copy
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -149,39 +147,33 @@ def test_calls_by_keyword_on_one_token() -> None:
     assert report.layers[""].ratios.keys() == {"y", "dx", "da", "db"}
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("fault", [False, True])
-def test_sharded_data_parallel(fault: bool, tmp_path: Path) -> None:
+def test_sharded_data_parallel(fault: bool) -> None:
     """Parameters are plain only while a block runs, and other ones before and after."""
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
-    try:
-        model = stack()
-        x = tokens(model)
-        if fault:
-            plant(model.get_submodule(UP[1]), double)
-        for block in model.base_model.model.blocks:
-            fully_shard(block)
-        report = run(fully_shard(model), x)
-        assert statuses(report) == ({UP[1]: "twice"} if fault else {}), str(report)
-        assert report.layers[UP[1]].ratios.keys() >= {"y", "da", "db"}
-    finally:
-        dist.destroy_process_group()
+    model = stack()
+    x = tokens(model)
+    if fault:
+        plant(model.get_submodule(UP[1]), double)
+    for block in model.base_model.model.blocks:
+        fully_shard(block)
+    report = run(fully_shard(model), x)
+    assert statuses(report) == ({UP[1]: "twice"} if fault else {}), str(report)
+    assert report.layers[UP[1]].ratios.keys() >= {"y", "da", "db"}
 
 
-def test_data_parallel_keeps_its_buckets(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
-    try:
-        model = DistributedDataParallel(stack(), gradient_as_bucket_view=True)
-        for _ in range(3):  # the buckets are laid out anew after the first steps
-            step(model)
-        kept = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters() if "lora" in n}
-        report = run(model, tokens(model, 10))
-        assert report.ok, str(report)
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                assert parameter.grad is kept[name][0]
-                assert torch.equal(parameter.grad, kept[name][1])
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_data_parallel_keeps_its_buckets() -> None:
+    model = DistributedDataParallel(stack(), gradient_as_bucket_view=True)
+    for _ in range(3):  # the buckets are laid out anew after the first steps
+        step(model)
+    kept = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters() if "lora" in n}
+    report = run(model, tokens(model, 10))
+    assert report.ok, str(report)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            assert parameter.grad is kept[name][0]
+            assert torch.equal(parameter.grad, kept[name][1])
 
 
 # --- What cannot be judged -----------------------------------------------------------------------

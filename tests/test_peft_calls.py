@@ -11,16 +11,14 @@ from peft_models import (
     K,
     calls_of_lora_linear,
     llama,
-    one_thread,
     pair,
     peft_model,
     x_for,
 )
+from peft_models import one_thread as one_thread
 from torch import nn
 
 from lora_kernels.peft import NotFused, fuse, unfuse
-
-__all__ = ["one_thread"]  # a fixture
 
 UP, DOWN = "base_model.model.up", "base_model.model.down"
 

@@ -18,17 +18,15 @@ from peft_models import (
     assert_same_as_peft,
     bf16,
     calls_of_lora_linear,
-    one_thread,
     pair,
     peft_model,
     x_for,
 )
+from peft_models import one_thread as one_thread
 from torch import nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.peft import FusedLinear, fuse, why_not
-
-__all__ = ["one_thread"]  # a fixture
 
 
 def test_a_saved_model_loads_where_this_package_is_absent(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 pytest.importorskip("peft")
@@ -115,13 +114,10 @@ def test_checkpointing_redraws_the_same_dropout(reentrant: bool) -> None:
         assert torch.equal(got[name if name in got else f"model.{name}"], expected[name]), name
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel() -> None:
     fused, plain = pair()
-    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
-    try:
-        got = run(DistributedDataParallel(fused), x_for(plain))
-    finally:
-        dist.destroy_process_group()
+    got = run(DistributedDataParallel(fused), x_for(plain))
     expected = run(fused, x_for(plain))
     assert len(got) == len(expected)
     for name in got:

@@ -184,8 +184,7 @@ def compiled(source: str, folder: Path) -> ctypes.CDLL:
         subprocess.run([*compiler, *flags, str(path)], check=True)
     except FileNotFoundError:
         pytest.skip("needs a C++ compiler")
-    library = ctypes.CDLL(str(folder / "dropout.so"))
-    return library
+    return ctypes.CDLL(str(folder / "dropout.so"))
 
 
 @pytest.fixture(scope="module")

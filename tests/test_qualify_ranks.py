@@ -1,30 +1,23 @@
 """Ranks of a real process group choose alike: by rank 0's word, without waiting for it for ever."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torchrun import torchrun
 
 from lora_kernels.qualify import ranks
 
 SCRIPT = Path(__file__).parent / "ranks_agree.py"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=0")
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of three ranks found in every scene, all played in one torchrun."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, *TORCHRUN, str(SCRIPT), str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = torchrun(3, SCRIPT, folder)
     assert done.returncode == 0, done.stderr[:6000]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 

@@ -13,20 +13,18 @@ from peft_models import (
     fp16,
     fp32,
     fp64,
-    one_thread,
     pair,
     peft_model,
     run,
     x_for,
 )
+from peft_models import one_thread as one_thread
 from torch import Tensor, nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.peft import fuse
 from lora_kernels.saved_input import WRITTEN
 from lora_kernels.testing import assert_accurate
-
-__all__ = ["one_thread"]  # a fixture
 
 DTYPES = [(fp32, fp32), (bf16, fp32), (bf16, bf16), (fp16, fp32), (fp64, fp64)]
 

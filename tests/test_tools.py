@@ -2,12 +2,13 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft_models import K, fp32, one_thread, pair, x_for
+from peft_models import K, fp32, pair, x_for
+from peft_models import one_thread as one_thread
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +23,6 @@ from lora_kernels import LoRALinear, lora_linear
 from lora_kernels.ops.lora_linear import Problem
 from lora_kernels.peft import from_peft
 from lora_kernels.testing import Case, bf16, make_inputs
-
-__all__ = ["one_thread"]  # a fixture
 
 FORWARD = torch.ops.lora_kernels.lora_linear.default
 BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
@@ -188,13 +187,6 @@ def test_onnx(fused: bool) -> None:
 # --- torch.compile: what changes between calls ---------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def rescale(model: nn.Module, i: int) -> None:
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
@@ -207,6 +199,7 @@ def flip(model: nn.Module, i: int) -> None:
     model.train(i % 2 == 0)
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("change", [rescale, flip])
 @pytest.mark.parametrize("of", ["fused", "fused beside bf16", "LoRALinear"])
 def test_a_change_recompiles_no_more_than_peft(change: Any, of: str) -> None:
@@ -234,6 +227,7 @@ def test_a_change_recompiles_no_more_than_peft(change: Any, of: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_changing_scaling_is_no_longer_in_the_graph() -> None:
     """Nor is a tensor there before it changes, which would keep a model out of CUDA graphs."""
     scales: list[list[Any]] = []

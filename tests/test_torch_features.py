@@ -50,13 +50,6 @@ def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
         torch.testing.assert_close(g, w)
 
 
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # --- torch.compile and tracing -------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft_models import K, fp32, fp64, one_thread, pair, x_for
+from peft_models import K, fp32, fp64, pair, x_for
+from peft_models import one_thread as one_thread
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
@@ -13,8 +14,6 @@ from torch.utils._pytree import tree_map
 from lora_kernels import BackendUnavailable, LoRALinear, lora_linear
 from lora_kernels.ops.lora_linear.reference import oracle
 from lora_kernels.testing import Case, assert_accurate, bf16, make_inputs
-
-__all__ = ["one_thread"]  # a fixture
 
 M, N, R = 6, 24, 3
 Operands = tuple[Tensor, ...]

@@ -44,6 +44,7 @@ struct Instruction {
   bool negated = false;
   bool gathers = false;  // every live lane of the warp must be here; of in.back() if `some`
   bool some = false;
+  bool once = false;  // the warp issues it as one, however many of its lanes are here
   Flow flow = Flow::kNext;
   int registers = 0;  // that setmaxnreg asks for
   std::vector<Slot> out, in;

@@ -236,12 +236,12 @@ void Machine::choose_fragment(Warp& warp) {
   }
 }
 
-// Lanes may part wherever an instruction does not ask for all of them: at an access to memory some
-// fall behind until the others wait for them.
+// Lanes may part wherever an instruction does not ask for all of them: at an access to memory of
+// their own some fall behind until the others wait for them.
 void Machine::part(Warp& warp) {
   const Instruction& next = program.code[warp.pc()];
   if (!launch.adversarial || warp.fragments.size() > 1) return;
-  if (next.gathers || next.flow != Flow::kSwitch || random(32) != 0) return;
+  if (next.gathers || next.once || next.flow != Flow::kSwitch || random(32) != 0) return;
   Fragment& here = warp.fragments[0];
   const Mask late = here.lanes & static_cast<Mask>(generator_());
   if (late == 0 || late == here.lanes) return;

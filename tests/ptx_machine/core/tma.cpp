@@ -184,11 +184,11 @@ void wait(Machine& m, Warp& w, const Instruction& i, Mask) {
 }
 
 // --- Decoding
-// -------------------------------------------------------------------------------------
 
 void decode_tensor(Decoder& d) {
   Modifiers& modifiers = d.modifiers;
   d.made.flow = Flow::kSwitch;
+  d.made.once = true;
   const int rank = 1 + modifiers.take_one({"1d", "2d", "3d", "4d", "5d"});
   modifiers.take("tile");
   if (modifiers.left.empty()) throw Failure("it has no direction");
@@ -219,6 +219,7 @@ void decode_tensor(Decoder& d) {
 
 void decode_bulk(Decoder& d) {
   d.made.flow = Flow::kSwitch;
+  d.made.once = true;
   if (d.modifiers.take("commit_group")) {
     d.made.run = commit;
   } else {

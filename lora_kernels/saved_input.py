@@ -4,12 +4,18 @@ With dropout or wider adapters PEFT saves what it made of x, so a caller may wri
 before the backward pass: `h += layer(h)`. Saving x itself costs no memory, but then that raises.
 Which of the two a caller does is seen in the first backward pass: until then, and for ever where x
 was written to, a layer works on a copy; the others save x itself from their second step on.
+
+A checkpoint's second forward, which runs in the backward pass, always works on a copy. By then one
+call of the layer may have been looked at and another not, and of what that forward saves PyTorch
+compares no version: a write would not raise, it would make gradients wrong.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from lora_kernels.ops.lora_linear import composition
 
 WRITTEN = "_lora_kernels_x_is_written_to"  # in a layer's __dict__, once that is known
 _TENSOR = (Tensor, nn.Parameter)
@@ -22,12 +28,17 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
     """
     return (
         (made or lora_a.dtype != x.dtype)
-        and layer.__dict__.get(WRITTEN) is not False
         and lora_a.requires_grad
         and torch.is_grad_enabled()
         and type(x) in _TENSOR
         and not torch.compiler.is_compiling()  # a graph without writes is what gets compiled
+        and composition.surrounds() is None  # what PyTorch's own operators save is as PEFT's
+        and (layer.__dict__.get(WRITTEN) is not False or _in_backward())
     )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def on_a_copy(

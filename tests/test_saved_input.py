@@ -197,6 +197,33 @@ def test_once_written_to_always_copied(checkpointed: bool) -> None:
     assert all(torch.equal(g, gradients[False][0]) for both in gradients.values() for g in both)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("seen", [False, True], ids=["", "known to be left alone"])
+def test_a_checkpoint_bears_what_another_call_of_the_layer_does_not_show(
+    seen: bool, reentrant: bool
+) -> None:
+    def gradients(write: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = LoRALinear(K, K, r=2, lora_dropout=0.5, dtype=fp64, init_lora_weights=False)
+        if seen:
+            layer.__dict__[WRITTEN] = False
+
+        def first(h: Tensor) -> Tensor:
+            h = h + 0
+            y = layer(h)
+            return (h.add_(y) if write else h + y).sin()
+
+        x = torch.randn(6, K, dtype=fp64, requires_grad=True)
+        h = x
+        for block in (first, lambda h: layer(h).sin()):
+            h = torch.utils.checkpoint.checkpoint(block, h, use_reentrant=reentrant)
+        h.square().sum().backward()
+        return [x.grad, layer.lora_A.grad, layer.lora_B.grad]
+
+    for got, expected in zip(gradients(write=True), gradients(write=False), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_an_inference_tensor_may_be_trained_on_where_x_is_copied() -> None:
     layer = LoRALinear(K, H, r=2, lora_dropout=0.5)
     with torch.inference_mode():

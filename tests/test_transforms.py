@@ -238,3 +238,21 @@ def test_per_sample_gradients_of_a_layer() -> None:
         layer(row).square().sum().backward()
         torch.testing.assert_close(got["lora_A"][i], layer.lora_A.grad)
         torch.testing.assert_close(got["lora_B"][i], layer.lora_B.grad)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"dtype": bf16}], ids=str)
+def test_a_layer_that_keeps_x_from_its_caller(options: dict[str, Any]) -> None:
+    """Alone it would work on a copy of x, which no transform lets it watch."""
+    layer = LoRALinear(K, N, r=R, init_lora_weights=False, adapter_dtype=fp32, **options)
+    x = torch.randn(M, K).to(layer.weight.dtype)
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return layer(x).float().square().sum()
+
+    gradient = torch.func.grad(loss)(x)
+    _, slope = torch.func.jvp(loss, (x,), (x.cos(),))
+    tolerance = 0.02 if x.dtype == bf16 else 1e-4
+    torch.testing.assert_close(
+        (gradient.float() * x.cos().float()).sum(), slope.float(), rtol=tolerance, atol=0
+    )

@@ -189,6 +189,22 @@ def test_a_second_derivative_raises() -> None:
         torch.autograd.grad(y, x, create_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore")  # the product of experts has no batching rule of its own
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
+def test_a_batch_of_gradients(dtype: torch.dtype) -> None:
+    fused, _ = pair(dtype=dtype)
+    x, index, weights = cast(dtype)
+    wanted = [x.requires_grad_(), *(p for p in fused.parameters() if p.requires_grad)]
+    y = fused(x, index, weights)
+    dy = torch.randn(3, *y.shape).to(dtype)
+    batch = torch.autograd.grad(y, wanted, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for got, expected in zip(
+            batch, torch.autograd.grad(y, wanted, dy[i], retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(got[i], expected)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_without_a_graph_break() -> None:
     """PEFT's own wrapper breaks the graph at every call."""

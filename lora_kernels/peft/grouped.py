@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear import composition
+
 
 def grouped_lora(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, ends: Tensor
@@ -61,6 +63,8 @@ class _GroupedLoRA(torch.autograd.Function):
         dx = da = db = None
         if need_dx or need_da:
             q = F.grouped_mm(dy, _stack_b(lora_b, weight, factor).transpose(1, 2), offs=ends)
+            if composition.surrounds(dy):  # a batch has lost the strides that products ask for
+                q = F.pad(q, (0, -q.shape[1] % 8))[:, : q.shape[1]]
         if need_dx:
             dx = F.grouped_mm(dy, weight.transpose(1, 2), offs=ends)
             dx.add_(F.grouped_mm(q, _stack_a(lora_a, weight), offs=ends), alpha=power)
@@ -69,8 +73,7 @@ class _GroupedLoRA(torch.autograd.Function):
             da = stack.to(lora_a.dtype).mul_(power).view_as(lora_a)
         if need_db:
             stack = F.grouped_mm(p.t(), dy, offs=ends)  # [E,R,N]
-            db = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
-            db.view(len(db), -1, len(ends)).copy_(stack.permute(2, 1, 0)).mul_(ctx.scaling)
+            db = stack.permute(2, 1, 0).reshape(lora_b.shape).to(lora_b.dtype).mul_(ctx.scaling)
         return dx, None, da, db, None, None
 
 

@@ -77,10 +77,10 @@ def main() -> None:
     fused = measure("fused", trained, batches, validation, args)
     ran = str(report.calls())  # as far as training and validation go
     after = complete(model, tokenizer, prompt)
-    speeds = compare_speed(trained, batches[0])
+    speeds, calls = compare_speed(trained, batches[0])
 
     print(f"\nlora_kernels.peft.fuse:\n{report}\n\nIts calls:\n{ran}\n")
-    print(table(plain, fused, speeds, backends(model, report.fused, batches[0]), args))
+    print(table(plain, fused, speeds, backends(trained, calls, batches[0]), args))
     print_completions(prompt, before, after)
     picture, adapter = args.out / "losses.png", args.out / "adapter"
     state, logits = parallel.trained_state(model), logits_of(model, validation[:1])
@@ -163,36 +163,41 @@ def watch_peak(device: torch.device) -> Callable[[], float | None]:
     return lambda: int(re.findall(r"VmHWM:\s+(\d+)", (process / "status").read_text())[0]) / 2**10
 
 
-def compare_speed(model: nn.Module, tokens: Tensor, rounds: int = 5) -> list[float]:
-    """Return the tokens/s of forward and backward, plain and fused; leave `model` fused.
+def compare_speed(
+    model: nn.Module, tokens: Tensor, rounds: int = 5
+) -> tuple[list[float], dict[str, dict[str, int]]]:
+    """Return the tokens/s of forward and backward, plain and fused, and the calls of a fused one.
 
     The two take turns, so that both meet the same state of the machine, after one turn that does
-    not count; each time is the median.
+    not count; each time is the median. `model` is left fused.
     """
     from lora_kernels import peft
 
     model.train()
     share = parallel.own_share(tokens[None])[0]
-    seconds: dict[Callable[[nn.Module], object], list[float]] = {peft.unfuse: [], peft.fuse: []}
+    seconds: dict[Callable[[nn.Module], Any], list[float]] = {peft.unfuse: [], peft.fuse: []}
     for _ in range(1 + rounds):
         for switch, times in seconds.items():
-            switch(model)
+            report = switch(model)
             start = time.perf_counter()
             loss = model(input_ids=share, labels=share, use_cache=False).loss
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
             model.zero_grad()
-    return [tokens.numel() / median(times[1:]) for times in seconds.values()]
+    return [tokens.numel() / median(times[1:]) for times in seconds.values()], report.calls()
 
 
-def backends(model: nn.Module, names: list[str], tokens: Tensor) -> str:
-    """Return the backends that run the layers `names` in a training step, forward and backward."""
+def backends(model: nn.Module, calls: dict[str, dict[str, int]], tokens: Tensor) -> str:
+    """Return what ran the calls of a training step: backends, forward and backward, or PEFT."""
     from lora_kernels.dispatch import select
     from lora_kernels.ops.lora_linear import BACKENDS, Problem
 
     chosen = set()
-    for name in names:
+    for name, outcomes in calls.items():
+        if "fused" not in outcomes:
+            chosen.add("PEFT")
+            continue
         layer = model.get_submodule(name)
         weight, bias = layer.base_layer.weight, layer.base_layer.bias
         adapter = layer.active_adapters[0]

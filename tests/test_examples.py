@@ -239,6 +239,17 @@ def test_finetune_in_bfloat16(run, model_folder, text_file, tmp_path):
     assert apart < 0.05
 
 
+def test_finetune_says_where_the_steps_ran_peft(
+    run, model_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 64)
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    status, stdout, stderr = run("finetune", *arguments, "--batch", "1", "--targets", "q_proj")
+    assert status == 0, stderr
+    assert "x has fewer than 64 rows" in stdout
+    assert stdout.split("LoRA layers computed by")[1].split()[:3] == ["PEFT", "PEFT", "largest"]
+
+
 def test_initialisation(run, model_folder, text_file, tmp_path):
     status, stdout, stderr = run(
         "initialisation", "--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL

@@ -173,6 +173,15 @@ def test_gradients_that_nobody_needs() -> None:
                 assert_close(got.grad, expected.grad)
 
 
+def test_a_token_may_go_without_an_expert() -> None:
+    fused, plain = pair(implementation="eager")
+    x, index, weights = routed()
+    index[::2, 0] = E  # a dropped pair
+    got, expected = (run(m, (x.clone(), index, weights.clone()), fp32) for m in (fused, plain))
+    for name in expected:
+        assert_close(got[name], expected[name])
+
+
 def test_no_tokens_at_all() -> None:
     fused, plain = pair()
     for model in (fused, plain):

@@ -209,6 +209,10 @@ def _run(
     base: Any, adapted: dict[str, Adapted], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
     """Return the weighted sum of each token's experts, in x's dtype."""
+    # A pair that names no expert counts nothing, as in transformers' own loop: its row goes to the
+    # last one, for grouped products leave what no expert has uninitialised.
+    weights = weights.masked_fill(index >= base.num_experts, 0)
+    index = index.clamp(max=base.num_experts - 1)
     # One row for each pair of a token and one of its experts, sorted by expert. How many rows each
     # expert has stays on the device.
     ids, order = torch.sort(index.reshape(-1))

@@ -109,6 +109,7 @@ class Gpu:
     @contextlib.contextmanager
     def stream(self, stream: int) -> Iterator[None]:
         before, self._here.stream = self.current_stream(), stream
+        torch.set_num_threads(1)  # each thread has a number of its own
         try:
             with OnCpu():  # modes belong to a thread
                 yield

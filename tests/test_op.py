@@ -463,7 +463,7 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("m", "options", "name"),
     [
-        (1, {}, "AddmmBackward0"),
+        (1, {}, "AddBackward0"),
         (2, {}, "_LoRALinearBackward"),
         (1, {"dropout_p": 0.5}, "_LoRALinearBackward"),
     ],

@@ -29,8 +29,11 @@ COMPANY = ("repeated", "side by side", "beside a busy device", "in a graph")
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(checks, "REPEATS", 3)
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # how many a BLAS takes, which a busy machine decides, moves the bits
     with eager_cuda.installed() as gpu:
         yield gpu
+    torch.set_num_threads(threads)
 
 
 Defect = Callable[[Gpu, torch.Tensor, int], None]

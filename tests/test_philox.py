@@ -298,6 +298,13 @@ def test_a_library_that_cannot_serve_says_why(
     assert "_cpu does not load: " in found(tmp_path / "dropout.so")
 
 
+def test_drop_sees_a_negative_view_as_it_reads() -> None:
+    tile = torch._neg_view(torch.rand(5, 9) + 1)
+    (got,) = drop(torch.tensor([3]), 0.5, range(5), range(9), tile)
+    assert torch.equal(got, tile * keep_mask(torch.tensor([3]), 0.5, range(5), range(9)))
+    assert (got < 0).any()
+
+
 @pytest.mark.gpu
 def test_a_cpu_seed_serves_a_gpu_mask() -> None:
     seed, tile = torch.tensor([2**40 + 5]), (range(100), range(3, 77))

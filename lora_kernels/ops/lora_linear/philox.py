@@ -92,10 +92,11 @@ def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) ->
         tiles: [len(rows), len(columns)] each, floating, all on one device.
     """
     library = extension.load_cpu() if tiles[0].device.type == "cpu" else ""
-    if isinstance(library, str):
+    # What watches operators (a dispatch mode) would not see the routine.
+    if isinstance(library, str) or torch._C._len_torch_dispatch_stack() > 0:
         keep = keep_mask(seed, p, rows, columns, tiles[0].device)
         return [tile * keep for tile in tiles]
-    tiles = tuple(t if t.stride(1) == 1 else t.contiguous() for t in tiles)
+    tiles = tuple(t.resolve_neg() if t.stride(1) == 1 else t.contiguous() for t in tiles)
     kept = [torch.empty_like(tile, memory_format=torch.contiguous_format) for tile in tiles]
     described = [
         _Tile(

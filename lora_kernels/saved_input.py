@@ -3,7 +3,8 @@
 With dropout or wider adapters PEFT saves what it made of x, so a caller may write to x in place
 before the backward pass: `h += layer(h)`. Saving x itself costs no memory, but then that raises.
 Which of the two a caller does is seen in the first backward pass: until then, and for ever where x
-was written to, a layer works on a copy; the others save x itself from their second step on.
+was written to, a layer works on a copy; the others save x itself from their second step on. A write
+that begins later raises autograd's error, or is not seen where it goes past the version (x.data).
 
 A checkpoint's second forward, which runs in the backward pass, always works on a copy. By then one
 call of the layer may have been looked at and another not, and of what that forward saves PyTorch

@@ -42,6 +42,13 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _clone(x: Tensor) -> Tensor:
+    # Unseen by dispatch modes: a selective checkpoint expects of its second forward the operators
+    # of the first, which need not have copied.
+    with torch._C._DisableTorchDispatch():
+        return x.clone()
+
+
 def on_a_copy(
     layer: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor], copied: Tensor | None = None
 ) -> Tensor:
@@ -49,8 +56,8 @@ def on_a_copy(
 
     `copied` is a copy that there is already.
     """
-    y = run(x.clone() if copied is None else copied)
-    if layer.__dict__.get(WRITTEN) or x.is_inference() or not y.requires_grad:
+    y = run(_clone(x) if copied is None else copied)
+    if WRITTEN in layer.__dict__ or x.is_inference() or not y.requires_grad:
         return y
     watched = x.detach()
     watched.data = x.new_empty(0)  # leaves x's memory and keeps its version counter

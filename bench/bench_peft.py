@@ -42,8 +42,8 @@ def measure_pair(
     fuse(holder)
     fused = holder[0]
     layers = {PEFT: plain, AGAIN: plain, FUSED: fused}
-    with torch.no_grad():
-        dy = torch.randn_like(plain(x, *case.beside(x)), dtype=x.dtype)
+    with torch.no_grad():  # by a copy: its first call changes an 8-bit layer
+        dy = torch.randn_like(copy.deepcopy(plain)(x, *case.beside(x)), dtype=x.dtype)
     with _context(case, device):
         left = why_not(fused, x, *case.beside(x))
     error = gate(case, plain, fused, x, dy)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops.lora_linear import composition
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES
 
 WRITTEN = "_lora_kernels_x_is_written_to"  # in a layer's __dict__, once that is known
-_TENSOR = (Tensor, nn.Parameter)
 
 
 def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> bool:
@@ -31,7 +31,7 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
         (made or lora_a.dtype != x.dtype)
         and lora_a.requires_grad
         and torch.is_grad_enabled()
-        and type(x) in _TENSOR
+        and type(x) in PLAIN_TYPES
         and not torch.compiler.is_compiling()  # a graph without writes is what gets compiled
         and composition.surrounds() is None  # what PyTorch's own operators save is as PEFT's
         and (layer.__dict__.get(WRITTEN) is not False or _in_backward())

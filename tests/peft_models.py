@@ -122,6 +122,17 @@ def pair(**options: Any) -> tuple[PeftModel, PeftModel]:
     return fused, plain
 
 
+def assert_compiles(model: PeftModel, x: Tensor) -> None:
+    """Compiled in one graph, the model gives what it gives eagerly."""
+    expected = run(model, x)
+    torch._dynamo.reset()
+    got = run(torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True), x)
+    assert len(got) == len(expected)
+    for name in got:
+        same = expected[name.replace("_orig_mod", "base_model.model")]
+        torch.testing.assert_close(got[name], same)
+
+
 def llama(bias: bool = False, **options: Any) -> PeftModel:
     """A causal language model of 14 layers that LoRA adapts, with or without biases in them."""
     torch.manual_seed(0)

@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 pytest.importorskip("peft")
 
-
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft_models import (
     K,
     assert_same_as_peft,
     bf16,
     fp32,
     fp64,
+    llama,
     peft_model,
     randomise,
     run,
     x_for,
 )
 from peft_models import one_thread as one_thread
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.peft import fuse, why_not
 from lora_kernels.testing import assert_accurate
@@ -160,20 +159,6 @@ def test_x_may_be_written_to_before_the_backward() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
 
 
-def tiny_llama(**options: Any) -> PeftModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, **options)
-    return randomise(get_peft_model(LlamaForCausalLM(config), adapters))
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_alora_model_trains_as_peft_trains_it(checkpointing: bool) -> None:
     """The model finds the invocation tokens itself and hands every layer its offsets."""
@@ -182,7 +167,7 @@ def test_an_alora_model_trains_as_peft_trains_it(checkpointing: bool) -> None:
         tokens[row, at : at + 2] = torch.tensor([3, 4])
     results = []
     for fusing in (True, False):
-        model = tiny_llama(**ALORA).train()
+        model = randomise(llama(**ALORA)).train()
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,7 +183,7 @@ def test_an_alora_model_trains_as_peft_trains_it(checkpointing: bool) -> None:
 
 
 def test_generation_with_several_adapters() -> None:
-    model = tiny_llama()
+    model = randomise(llama())
     model.add_adapter("other", LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     randomise(model, seed=5, adapter=".other.").eval()
     plain = copy.deepcopy(model)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES
 from lora_kernels.peft import calls
 from lora_kernels.peft.grouped import grouped_lora
 from lora_kernels.peft.layer import Fused, surroundings
@@ -32,7 +33,6 @@ moe: Any = None  # before version 5 transformers has no such interface
 with contextlib.suppress(ImportError):
     moe = importlib.import_module("transformers.integrations.moe")
 
-_TENSOR = (nn.Parameter, Tensor)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # transformers' own; any other reads the experts' weights in a way of its own.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
@@ -154,7 +154,7 @@ def _why_not(base: Any, weight: Tensor, x: Tensor | None) -> str | None:
         return f"torch.compile knows no grouped product of {short(weight.dtype)}"
     if x is None:
         return None
-    if type(x) not in _TENSOR or x.dim() != 2:
+    if type(x) not in PLAIN_TYPES or x.dim() != 2:
         return f"x is a {kind(x)} of {x.dim()} dimensions, not a plain matrix"
     if x.dtype != weight.dtype and implementation != "grouped_mm":
         return f"x is {short(x.dtype)} beside {short(weight.dtype)} experts"
@@ -171,7 +171,7 @@ def _adapted(layer: Any, base: Any, names: list[str]) -> Adapted | str:
     if parameter_name in getattr(base, "parametrizations", ()):
         return "base weight is parametrised (quantised, for one)"
     weight = parameter(base, parameter_name)
-    if type(weight) not in _TENSOR:
+    if type(weight) not in PLAIN_TYPES:
         return f"base weight is a {kind(weight)}, not a plain tensor"
     if weight.requires_grad:
         return "base weight is trainable"
@@ -189,7 +189,7 @@ def _adapted(layer: Any, base: Any, names: list[str]) -> Adapted | str:
         return f"{sizes[0]} or {sizes[1]} features are no multiple of 16 bytes"
     a = parameter(layer._modules["lora_A"]._modules[names[0]], "weight")
     b = parameter(layer._modules["lora_B"]._modules[names[0]], "weight")
-    if type(a) not in _TENSOR or type(b) not in _TENSOR:
+    if type(a) not in PLAIN_TYPES or type(b) not in PLAIN_TYPES:
         return f"lora_A is a {kind(a)}, lora_B a {kind(b)}, not both plain tensors"
     if a.shape[1] != k or b.shape[0] != n or a.shape[0] != b.shape[1] or len(a) % experts:
         return f"lora_A is {tuple(a.shape)}, lora_B {tuple(b.shape)} beside {tuple(weight.shape)}"

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.distributed import dropout_seed
 from lora_kernels.ops.lora_linear import composition, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts
-from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
+from lora_kernels.ops.lora_linear.validate import DTYPES, PLAIN_TYPES, adapter_dtypes
 from lora_kernels.peft import calls, sharing
 from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
@@ -25,7 +25,6 @@ from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
-_TENSOR = (nn.Parameter, Tensor)
 # Below so many rows of x, what a call costs Python is more than fusing saves a CPU, and making
 # factors anew for each call more than it saves anywhere. Measured on a CPU, fp32, forward and
 # backward: LoRA at N = K = 576 takes 1.39 of PEFT's time with 2 rows, 1.08 with 16, 1.03 with 64,
@@ -191,7 +190,7 @@ def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
     now = x is not None
     packed = dense is not None and type(weight) is not DTensor
     for part, tensor in (("base weight", None if packed else weight), ("base bias", bias)):
-        if tensor is not None and not (now and type(tensor) in _TENSOR):
+        if tensor is not None and not (now and type(tensor) in PLAIN_TYPES):
             reason = out_of_reach(part, tensor, base, now)
             if reason:
                 return reason
@@ -199,7 +198,7 @@ def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
         return "base weight is trainable"
     if x is None:
         return None
-    if type(x) not in _TENSOR:
+    if type(x) not in PLAIN_TYPES:
         return f"x is a {kind(x)}, not a plain tensor"
     return "x is a nested tensor" if x.is_nested else None
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES
 from lora_kernels.peft.parts import kind, not_plain
 
-_TENSOR = (nn.Parameter, Tensor)
 _FSDP = "torch.distributed.fsdp."
 
 
@@ -23,7 +23,7 @@ def out_of_reach(part: str, tensor: Any, module: nn.Module, now: bool) -> str | 
 
     Not `now`, but when the model runs: then it is whole if FSDP gathers it.
     """
-    if type(tensor) in _TENSOR:
+    if type(tensor) in PLAIN_TYPES:
         if not now and getattr(tensor, "ds_id", None) is not None:
             return f"{part} is gathered by DeepSpeed (ZeRO-3) for its own module's call alone"
         return None

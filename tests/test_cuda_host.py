@@ -10,6 +10,7 @@ import torch
 from lora_kernels import extension
 from lora_kernels.dispatch import BackendUnavailable, select
 from lora_kernels.ops.lora_linear import BACKENDS, Problem, cuda, workspace
+from lora_kernels.ops.lora_linear.problem import SLICED
 from lora_kernels.testing import Case, bf16, fp16, fp32, make_inputs
 
 HOPPER = Problem(4096, 4096, 4096, 16, bf16, bf16, "cuda", 90)
@@ -45,6 +46,7 @@ def _built(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"r": 20}, "TMA needs rows of a multiple of 16 bytes: R=20 is no multiple of 8"),
         ({"k": 4097}, "TMA needs rows of a multiple of 16 bytes: K=4097 is no multiple of 8"),
         ({"n": 4100}, "TMA needs rows of a multiple of 16 bytes: N=4100 is no multiple of 8"),
+        ({"dropout": True, "sliced": True}, SLICED),
         ({"m": 0}, "an empty problem is not supported"),
         ({"k": 0}, "an empty problem is not supported"),
         ({"m": 2**31 - 256}, "a size of nearly 2**31 or more is not supported"),

@@ -1,5 +1,7 @@
 """Tensor parallelism by PyTorch's and by transformers' own plans, on local shards."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from distributed import (
 from distributed import cluster as cluster
 from peft import LoraConfig, get_peft_model
 from peft_models import fp64, peft_model, x_for
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -31,9 +34,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
+from lora_kernels.ops.lora_linear import reference
+from lora_kernels.ops.lora_linear.philox import drop, keep_mask
 from lora_kernels.peft import fuse
 from lora_kernels.testing import assert_accurate
 
@@ -143,46 +149,156 @@ def test_tp_plan_of_transformers(cluster: Cluster, tmp_path: Path) -> None:
             assert_accurate(name, together[name], gradient, gradient)
 
 
-# --- Dropout, and what stays PEFT's --------------------------------------------------------------
+# --- Collectives ---------------------------------------------------------------------------------
 
 
-def masked(rank: int) -> dict[str, Tensor]:
-    """The columns' processes drop what one process would; the rows' leave it to PEFT."""
-    model = parallel(llama(lora_dropout=0.4))
-    report = fuse(model)
-    assert len(report.fused) == LAYERS * len(COLUMNS) // 7
-    assert {reason.split(" the mask")[0] for reason in report.not_fused.values()} == {
-        "under row-wise tensor parallelism"
-    }
-    with counted() as calls:
-        loss_of(model, tokens())
-    assert len(calls) == len(report.fused)
-    layer: Any = model.base_model.model.model.layers[0].mlp.up_proj
-    x = torch.randn(40, 32, dtype=fp64, generator=torch.Generator().manual_seed(1))
-    return result(layer, x)
+class Collectives(TorchDispatchMode):
+    """Records them. (`CommDebugMode` sets global hooks, under which a layer is PEFT's.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        namespace, _, name = function.name().partition("::")
+        moves = "wait" not in name and "wrap" not in name
+        if namespace in ("c10d", "_c10d_functional") and moves:
+            self.names.append(name.replace("_", ""))
+        return function(*args, **kwargs or {})
 
 
-def result(layer: Any, x: Tensor) -> dict[str, Tensor]:
-    x.requires_grad_()
-    layer.zero_grad()
+def collectives(rank: int, fused: bool, name: str) -> tuple[int, int]:
+    """Return how many collectives a layer of `parallel` takes, forward and backward."""
+    model = parallel(llama())
+    if fused:
+        fuse_all(model)
+    layer: Any = model.base_model.model.model.layers[0].mlp.get_submodule(name)
+    x = torch.ones(40, 24 if name in ROWS else 32, dtype=fp64, requires_grad=True)
+    with Collectives() as forward, counted() as calls:
+        y = layer(x)
+    assert len(calls) == fused
+    with Collectives() as backward:
+        y.sum().backward()
+    assert {*forward.names, *backward.names} == {"allreduce"}
+    return len(forward.names), len(backward.names)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("down_proj", (1, 1)), ("up_proj", (0, 2))])
+def test_a_layer_reduces_as_often_as_unfused(
+    name: str, expected: tuple[int, int], cluster: Cluster
+) -> None:
+    """Rows: y once, and B's gradient. Columns: the gradients of x and of A."""
+    for fused in cluster.run(collectives, True, name):
+        assert fused == expected
+    for unfused in cluster.run(collectives, False, name):
+        assert sum(unfused) == sum(expected)
+
+
+# --- Dropout -------------------------------------------------------------------------------------
+
+P = 0.4
+
+
+@contextlib.contextmanager
+def seen_masks() -> Iterator[list[Tensor]]:
+    """Record the mask of every tile that is dropped from."""
+    masks: list[Tensor] = []
+
+    def watched(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> Any:
+        masks.append(keep_mask(seed, p, rows, columns))
+        return drop(seed, p, rows, columns, *tiles)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "drop", watched)
+        yield masks
+
+
+def dropped(model: nn.Module, run: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the masks of a fused model's step and its gradients, from one torch seed."""
     torch.manual_seed(7)
-    y = layer(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), "dx": x.grad} | gradients(layer)
+    with seen_masks() as masks:
+        run(model)
+    return masks, gradients(model)
 
 
-def test_processes_that_share_columns_draw_the_mask_of_one(cluster: Cluster) -> None:
-    together = cluster.run(masked)
-    model = llama(lora_dropout=0.4)
+def dropping(checkpointed: bool) -> Any:
+    model = llama(lora_dropout=P)
+    layers = model.base_model.model.model.layers
+    for i, layer in enumerate(layers) if checkpointed else ():
+        layers[i] = checkpoint_wrapper(layer)
+    return model
+
+
+def masked(rank: int, checkpointed: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    model = parallel(dropping(checkpointed))
     fuse_all(model)
-    x = torch.randn(40, 32, dtype=fp64, generator=torch.Generator().manual_seed(1))
-    expected = result(model.base_model.model.model.layers[0].mlp.up_proj, x)
-    y = torch.cat([found.pop("y") for found in together], dim=-1)
-    assert_accurate("y", y, expected["y"], expected.pop("y"))
-    for found in together:
+    with counted() as calls:
+        found = dropped(model, lambda model: loss_of(model, tokens()))
+    assert len(calls) == LAYERS * (2 if checkpointed else 1)
+    return found
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpoint"])
+def test_processes_draw_the_mask_of_one(checkpointed: bool, cluster: Cluster) -> None:
+    """Those that share columns of W all of it, those that share rows theirs."""
+    together = cluster.run(masked, checkpointed)
+    model = dropping(checkpointed)
+    fuse_all(model)
+    masks, expected = dropped(model, lambda model: loss_of(model, tokens()))
+    assert len(masks) == LAYERS * (3 if checkpointed else 2)  # the backward draws them again
+    same = cut = 0
+    for whole, *parts in zip(masks, *(found for found, _ in together), strict=True):
+        if parts[0].shape == whole.shape:
+            same += 1
+            assert all(torch.equal(part, whole) for part in parts)
+        else:
+            cut += 1
+            assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert (same / len(masks), cut / len(masks)) == (5 / 7, 2 / 7)
+    for _, found in together:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert_accurate(name, found[name], value, value)
+
+
+WIDTH = 21  # cut unevenly, and within a group of columns that share a counter
+
+
+def uneven(rank: int | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """A row-wise layer as one of the processes, or, for None, as a single one."""
+    model = peft_model(nn.ModuleDict({"down": nn.Linear(WIDTH, 9)}), dtype=fp64, lora_dropout=P)
+    layer: Any = model.base_model.model["down"]
+    x = torch.randn(40, WIDTH, dtype=fp64, generator=torch.Generator().manual_seed(1))
+    if rank is not None:
+        plan = {"base_layer": RowwiseParallel(), "lora_A.default": RowwiseParallel()}
+        parallelize_module(layer, init_device_mesh("cpu", (RANKS,)), plan)
+        x = x.chunk(RANKS, dim=1)[rank]
+    assert fuse(layer).fused
+    x.requires_grad_()
+    with counted() as calls:
+        masks, found = dropped(layer, lambda layer: layer(x).square().sum().backward())
+    assert len(calls) == 1
+    assert x.grad is not None
+    return masks, found | {"dx": x.grad}
+
+
+def test_uneven_slices_that_start_anywhere(cluster: Cluster) -> None:
+    (first, second), (masks, expected) = cluster.run(uneven), uneven(None)
+    for whole, *parts in zip(masks, first[0], second[0], strict=True):
+        assert [part.shape[1] for part in parts] == [11, 10]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+    shards = [found for _, found in (first, second)]
+    dx = torch.cat([found["dx"] for found in shards], dim=1)
+    for found in shards:
+        found["dx"] = dx
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_accurate(name, found[name], value, value)
+
+
+# --- What stays PEFT's ---------------------------------------------------------------------------
 
 
 def left_alone(rank: int, how: str) -> None:

@@ -173,6 +173,18 @@ BAD_CALLS = [
              "seed must be on x's device cpu or the cpu, got meta"),
         )
     ],
+    # First column
+    *[
+        (changed(first_column=column, dropout_p=0.5), kind, f"first_column must be {message}")
+        for column, kind, message in (
+            (-1, ValueError, "in [0, 2**31), got -1"),
+            (2**31, ValueError, "in [0, 2**31), got 2147483648"),
+            (1.0, TypeError, "an int or None, got float"),
+            (True, TypeError, "an int or None, got bool"),
+        )
+    ],
+    (changed(first_column=8, dropout_p=0.5, backend="triton"), BackendUnavailable,
+     "no backend for lora_linear M=5 N=6 K=7 R=3"),
     # Backends
     (changed(backend="cudnn"), ValueError, f"{BACKEND_NAMES}, got 'cudnn'"),
     (changed(backend="CUDA"), ValueError, f"{BACKEND_NAMES}, got 'CUDA'"),

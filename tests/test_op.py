@@ -148,6 +148,35 @@ def test_the_mask_counts_flattened_rows(row: int) -> None:
     assert torch.equal(flat, folded.view_as(flat))
 
 
+@given(cut=st.integers(0, 40), seed=st.integers(0, 2**63 - 1))
+@example(cut=0, seed=0)
+@example(cut=16, seed=1)
+@pytest.mark.parametrize("surrounded", [False, True], ids=["alone", "in a transform"])
+def test_slices_of_x_have_their_part_of_its_mask(surrounded: bool, cut: int, seed: int) -> None:
+    """B and W are such that y and dx are what is kept of ones, and da sums it."""
+    k, p = 40, 0.4
+    eye = torch.eye(k, dtype=fp64)
+
+    def results(first: int | None, columns: range) -> tuple[Tensor, Tensor, Tensor]:
+        part = slice(columns.start, columns.stop)
+        x, a = torch.ones(30, len(columns), dtype=fp64), eye[:, part].clone()
+        leaves = x.requires_grad_(), a.requires_grad_()
+        w, options = torch.zeros_like(a), {"dropout_p": p, "seed": seed, "first_column": first}
+        call = lambda *t: lora_linear(t[0], w, t[1], eye, 1 - p, **options)
+        if surrounded:
+            y, pull = torch.func.vjp(call, *[t.detach() for t in leaves])
+            return y, *pull(torch.ones_like(y))
+        y = call(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    whole = results(None, range(k))
+    assert 0.3 < whole[0].mean() < 0.9
+    parts = [results(part.start, part) for part in (range(cut), range(cut, k))]
+    assert torch.equal(sum(y for y, _, _ in parts), whole[0])
+    for i in (1, 2):
+        assert torch.equal(torch.cat([part[i] for part in parts], dim=1), whole[i])
+
+
 # --- What is computed, and what is not -----------------------------------------------------------
 
 

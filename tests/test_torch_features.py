@@ -148,6 +148,9 @@ def test_opcheck(case: Case) -> None:
     p = torch.ones(case.m, case.r, dtype=inputs.lora_a.dtype)
     backward = inputs.backward(case, p)
     torch.library.opcheck(ops.lora_linear_backward.default, (*backward, "reference"))
+    if case.dropout_p:
+        sliced = inputs.forward(case)._replace(first_column=8)
+        torch.library.opcheck(ops.lora_linear.default, (*sliced, "auto"))
 
 
 @pytest.mark.parametrize("shape", [(5, K), (2, 3, K), (K,), (0, K)])

@@ -317,8 +317,9 @@ def _make_and_run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> 
     scaling, dropout_p = adapter.scaling, adapter.dropout_p
     seed = dropout_seed(layer, x) if dropout_p else None
     y = lora_linear(
-        x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed, rebuild=make
-    )
+        x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed,
+        first_column=None if split is None else split.first_column, rebuild=make,
+    )  # fmt: skip
     if split is not None:
         y = split.outward(y)
     if outside is not None:

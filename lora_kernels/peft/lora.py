@@ -39,11 +39,9 @@ def plain(
         return "the dropout probability is 1"
     reason = not_plain("lora_A", lora_a, types) or not_plain("lora_B", lora_b, types)
     if reason:
-        # What is fused before `train()` is asked about training.
-        will_drop = not now and getattr(dropout, "p", 0.0) > 0
         return (
             _sharded_alone(lora_a, lora_b, scaling, dropout_p)
-            or _split(lora_a, lora_b, scaling, dropout_p, dropout_p > 0 or will_drop)
+            or _split(lora_a, lora_b, scaling, dropout_p)
             or reason
         )
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
@@ -60,9 +58,7 @@ def plain(
     return Adapter(a, b, scaling, dropout_p, lambda: Factors(a, b, bias * scaling))
 
 
-def _split(
-    lora_a: Any, lora_b: Any, scaling: float, dropout_p: float, drops: bool
-) -> Adapter | str | None:
+def _split(lora_a: Any, lora_b: Any, scaling: float, dropout_p: float) -> Adapter | str | None:
     """Return the adapter whose A or B processes share out, or None if it is not one."""
     split = split_of(lora_b) or split_of(lora_a)
     if split is None:
@@ -72,8 +68,6 @@ def _split(
     reason = not_plain(part, whole) or out_of_reach(part, whole.weight, whole, now=True)
     if reason is None and lora_b.bias is not None:
         reason = "lora_B has a bias under tensor parallelism"
-    if reason is None and split.dim == 1 and drops:
-        reason = "under row-wise tensor parallelism the mask would have to start at a later column"
     if reason:
         return reason
     a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (lora_a.weight, lora_b.weight))

@@ -3,7 +3,8 @@
 Columns: W and B are cut along N, each process makes its own columns of y from the whole x. Rows: W
 and A are cut along K, each process has those columns of x, and y is the sum over processes, of the
 low-rank path and the frozen one in one collective. What every process holds whole, x and A or B,
-has a gradient that is a sum over processes, too.
+has a gradient that is a sum over processes, too. Each draws the mask of one process, for the
+columns of x that it has: ranks seeded alike agree on it.
 """
 
 from functools import partial
@@ -25,6 +26,8 @@ class Split(NamedTuple):
 
     dim: int
     group: dist.ProcessGroup
+    # Where the x of this process starts in the whole one, or None where it has that.
+    first_column: int | None = None
 
     def inward(
         self, x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None
@@ -52,7 +55,11 @@ def split_of(module: Any) -> Split | None:
     found = _by_transformers(module) if "forward" in module.__dict__ else _by_torch(module)
     if found != (*_LAYOUTS[dim], True):
         return None
-    return Split(dim, weight.device_mesh.get_group())
+    group = weight.device_mesh.get_group()
+    if dim == 0:
+        return Split(dim, group)
+    k, share = weight.shape[1], -(-weight.shape[1] // group.size())  # as `torch.chunk` cuts
+    return Split(dim, group, min(group.rank() * share, k))
 
 
 def _by_torch(module: Any) -> Any:

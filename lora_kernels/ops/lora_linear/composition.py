@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
-from lora_kernels.ops.lora_linear.philox import keep_mask
+from lora_kernels.ops.lora_linear.philox import keep_mask, mask_columns
 
 _in_transform = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
@@ -36,11 +36,11 @@ def forward(call: Forward) -> Tensor:
 
     Without a seed torch's own dropout runs, so that `vmap(randomness=...)` is heeded.
     """
-    x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p = call
+    x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, first = call
     dropped = x.to(lora_a.dtype)
     if seed is not None:
         m, k = math.prod(x.shape[:-1]), x.shape[-1]
-        keep = keep_mask(seed, dropout_p, range(m), range(k), x.device)
+        keep = keep_mask(seed, dropout_p, range(m), mask_columns(first, range(k)), x.device)
         dropped = dropped * keep.reshape(x.shape) / (1 - dropout_p)
     elif dropout_p:
         dropped = F.dropout(dropped, dropout_p)
@@ -50,7 +50,7 @@ def forward(call: Forward) -> Tensor:
 
 def backward(call: Backward) -> Gradients:
     """Return the needed ones of dx, da and db; dy may be a batch, in any of PyTorch's ways."""
-    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p = call
+    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p, first = call
     factor, power = call.scale()
     dx = da = db = q = keep = None
     if p is not None:
@@ -59,7 +59,7 @@ def backward(call: Backward) -> Gradients:
         q = dy.to(lora_b.dtype) @ lora_b * factor
     if seed is not None:
         m, _, k, _ = call.sizes()
-        keep = keep_mask(seed, dropout_p, range(m), range(k), dy.device)
+        keep = keep_mask(seed, dropout_p, range(m), mask_columns(first, range(k)), dy.device)
     if weight is not None:
         dx = dy @ weight
         if q is not None and lora_a is not None:

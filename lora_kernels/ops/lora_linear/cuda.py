@@ -13,7 +13,7 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
-from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.problem import SLICED, Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -43,6 +43,8 @@ def why_not(problem: Problem) -> str | None:
         if size % unit != 0:
             rows = "TMA needs rows of a multiple of 16 bytes"
             return f"{rows}: {name}={size} is no multiple of {unit}"
+    if p.sliced:
+        return SLICED
     if min(p.m, p.n, p.k) == 0:
         return "an empty problem is not supported"
     if max(p.m, p.n, p.k, p.r) >= 2**31 - 256:

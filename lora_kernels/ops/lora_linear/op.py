@@ -13,7 +13,7 @@ from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.problem import arch as device_arch
-from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate, validate_column
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 _ops = torch.ops.lora_kernels
@@ -30,6 +30,7 @@ def lora_linear(
     *,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    first_column: int | None = None,
     backend: str = AUTO,
     rebuild: Callable[[], Tensor] | None = None,
 ) -> Tensor:
@@ -49,6 +50,8 @@ def lora_linear(
         seed: which mask, for dropout_p > 0: an int in [0, 2⁶³), an int64 tensor of one element
             on x's device or the CPU, or None to draw one from torch's generator. The same seed
             and p give the same mask on every backend and device.
+        first_column: for an x that is a slice of a wider one's columns, as tensor parallelism makes
+            it, where the slice starts: its mask is that part of the wider x's. None for a whole x.
         backend: "auto", "cuda", "triton" or "reference"; only "auto" ever falls back.
         rebuild: for a weight that is a transient, dequantised for this call, say: the backward
             calls it for the same bits again, and nothing of size N·K lives in between.
@@ -71,12 +74,16 @@ def lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
                 x, weight, lora_a, lora_b, scaling, bias,
-                dropout_p=dropout_p, seed=seed, backend=backend, rebuild=rebuild,
+                dropout_p=dropout_p, seed=seed, first_column=first_column, backend=backend,
+                rebuild=rebuild,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
+    if first_column is not None:
+        validate_column(first_column)
     if rebuild is not None and not callable(rebuild):
         raise TypeError(f"lora_linear: rebuild must be callable, got {type(rebuild).__name__}")
     scaling, dropout_p = float(scaling), float(dropout_p)
+    column = first_column if dropout_p else None
     traced = _is_traced(x, weight, lora_a, lora_b)
     where = composition.surrounds() or (
         "in an exported program" if traced and torch.compiler.is_exporting() else None
@@ -84,13 +91,13 @@ def lora_linear(
     if where:
         _refuse(backend, where)
         given = None if seed is None or not dropout_p else seed_tensor(seed, x)
-        call = Forward(x, weight, lora_a, lora_b, bias, given, scaling, dropout_p)
+        call = Forward(x, weight, lora_a, lora_b, bias, given, scaling, dropout_p, column)
         return composition.forward(call)
     drawn = None
     if dropout_p > 0:
         if backend != AUTO and not torch.compiler.is_compiling():
             # A refusal must come before a seed is drawn; "auto" always finds a backend.
-            call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p)
+            call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p, column)
             select(BACKENDS, call.problem(), backend)
         drawn = seed_tensor(seed, x)
     scale = None
@@ -102,13 +109,13 @@ def lora_linear(
     ):
         # Autograd's own nodes would keep a transient weight.
         if x.numel() == x.shape[-1] > 0 and rebuild is None and not traced:
-            call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
+            call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p, column)
             if _autograd_is_cheaper(call, backend):
                 return reference.compose(call)
         own_seed = not (traced or isinstance(seed, Tensor))
-        rest = scaling, dropout_p, backend, rebuild, traced, own_seed
+        rest = scaling, dropout_p, column, backend, rebuild, traced, own_seed
         return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, scale, rest)
-    call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p)
+    call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p, column)
     return _forward(call, backend, traced, scale)[0]
 
 
@@ -118,8 +125,8 @@ class _LoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
         bias: Tensor | None, seed: Tensor | None, scale: Tensor | None, rest: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        scaling, dropout_p, backend, rebuild, traced, own_seed = rest
-        call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p)
+        scaling, dropout_p, column, backend, rebuild, traced, own_seed = rest
+        call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, column)
         y, p, problem = _forward(call, backend, traced, scale)
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
         if not (need_dx or need_da):
@@ -138,19 +145,19 @@ class _LoRALinear(torch.autograd.Function):
         rebuild = rebuild if need_dx else None
         seed = seed if own_seed else None  # nobody else holds it: it needs no watching
         joint = shared_dx.node_of(x) if need_dx and not traced else None
-        ctx.rest = x.shape, scaling, dropout_p, backend, problem, rebuild, seed, joint
+        ctx.rest = x.shape, scaling, dropout_p, column, backend, problem, rebuild, seed, joint
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
-        shape, scaling, dropout_p, backend, problem, rebuild, own_seed, joint = ctx.rest
+        shape, scaling, dropout_p, column, backend, problem, rebuild, own_seed, joint = ctx.rest
         if rebuild is not None:
             weight = rebuild().to(dy.dtype)  # autocast may have converted it
         if len(shape) != 2:
             dy, x = _flatten(dy), None if x is None else _flatten(x)
         seed = seed if own_seed is None else own_seed
-        call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p)
+        call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, column)
         # With create_graph=True the gradients must not pass for constants. `once_differentiable`
         # would let them: it raises for what depends on dy, and these depend on x, A and B too.
         if torch.is_grad_enabled():
@@ -319,7 +326,7 @@ def _autocast(tensor: Any) -> Any:
 # a float64 number on the CPU that multiplies the scaling. A gradient that is not needed is None in
 # a backend and an empty tensor here: the arity is fixed.
 
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int | None: "int?"}
 
 
 def _schema(operands: type[Forward] | type[Backward], returns: str) -> str:

@@ -19,7 +19,8 @@ class Forward(NamedTuple):
 
     x[M,K], weight[N,K], bias[N] and y[M,N] share one dtype; lora_a[R,K], lora_b[N,R] and P[M,R]
     share the adapters'. Strides are any; y and P are new. `keep` zeroes what dropout drops; seed is
-    int64[1], on the CPU or x's device, or None for no dropout.
+    int64[1], on the CPU or x's device, or None for no dropout. first_column is the column of the
+    mask where x starts, or None for a whole x.
     """
 
     x: Tensor
@@ -30,11 +31,14 @@ class Forward(NamedTuple):
     seed: Tensor | None
     scaling: float
     dropout_p: float
+    first_column: int | None = None
 
     def problem(self) -> Problem:
         """Return what dispatch decides on; x may still have its leading dimensions."""
         m = self.x.shape[0] if self.x.dim() == 2 else math.prod(self.x.shape[:-1])
-        return Problem.of(m, self.weight, self.lora_a, self.bias, self.dropout_p)
+        return Problem.of(
+            m, self.weight, self.lora_a, self.bias, self.dropout_p, self.first_column is not None
+        )
 
     def scale(self) -> "Scale":
         """Return m and 2ᵉ."""
@@ -58,6 +62,7 @@ class Backward(NamedTuple):
     seed: Tensor | None
     scaling: float
     dropout_p: float
+    first_column: int | None = None
 
     @property
     def needs(self) -> tuple[bool, bool, bool]:
@@ -77,8 +82,9 @@ class Backward(NamedTuple):
     def problem(self) -> Problem:
         """Return what dispatch decides on."""
         dtypes, device = (self.dy.dtype, self.adapter_dtype()), self.dy.device
-        dropout = self.dropout_p > 0
-        return Problem(*self.sizes(), *dtypes, device.type, arch(device), dropout=dropout)
+        dropout, sliced = self.dropout_p > 0, self.first_column is not None
+        where = device.type, arch(device)
+        return Problem(*self.sizes(), *dtypes, *where, dropout=dropout, sliced=sliced)
 
     def scale(self) -> "Scale":
         """Return m and 2ᵉ."""

@@ -81,6 +81,11 @@ def keep_mask(
     return halves.flatten(1)[:, skip : skip + len(columns)] >= threshold(p) - 2**15
 
 
+def mask_columns(first: int | None, columns: range) -> range:
+    """Return which columns of the mask those of an x are that starts at column `first` or 0."""
+    return range(columns.start + first, columns.stop + first) if first else columns
+
+
 def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> list[Tensor]:
     """Return tiles of x's shape with the dropped elements times zero, the others as they are.
 

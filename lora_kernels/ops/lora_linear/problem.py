@@ -6,6 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Why a kernel cannot run a problem.
+SLICED = (
+    "a dropout mask that starts at a later column (tensor parallelism by rows) is not supported"
+)
+
 
 class Problem(NamedTuple):
     """Sizes, dtypes and device of one call; buildable without a GPU.
@@ -25,6 +30,8 @@ class Problem(NamedTuple):
     arch: int | None = 90
     bias: bool = False
     dropout: bool = False
+    # Whether x is a slice of a wider one's columns, with that slice of its mask.
+    sliced: bool = False
 
     def __str__(self) -> str:
         where = self.device if self.arch is None else f"{self.device} sm_{self.arch}"
@@ -33,12 +40,18 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(
-        cls, m: int, weight: Tensor, lora_a: Tensor, bias: Tensor | None, dropout_p: float
+        cls,
+        m: int,
+        weight: Tensor,
+        lora_a: Tensor,
+        bias: Tensor | None,
+        dropout_p: float,
+        sliced: bool = False,
     ) -> "Problem":
         """Describe a call on m tokens."""
         (n, k), r, device = weight.shape, lora_a.shape[0], weight.device
         dtypes, has_bias = (weight.dtype, lora_a.dtype), bias is not None
-        return cls(m, n, k, r, *dtypes, device.type, arch(device), has_bias, dropout_p > 0)
+        return cls(m, n, k, r, *dtypes, device.type, arch(device), has_bias, dropout_p > 0, sliced)
 
     def flops(self, *, backward: bool = False) -> int:
         """Return the floating-point operations: `2·M·K·N` plus the low-rank path, da and db too."""

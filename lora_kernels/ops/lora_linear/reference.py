@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
-from lora_kernels.ops.lora_linear.philox import GROUP, drop, keep_mask
+from lora_kernels.ops.lora_linear.philox import GROUP, drop, keep_mask, mask_columns
 from lora_kernels.ops.lora_linear.problem import Problem
 
 # Elements of a converted or masked block. On the CPU a block and what is computed from it stay in
@@ -29,7 +29,7 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(call: Forward) -> tuple[Tensor, Tensor]:
     """Return y and P."""
-    x, weight, lora_a, lora_b, bias, seed, _, dropout_p = call
+    x, weight, lora_a, lora_b, bias, seed, _, dropout_p, first = call
     factor, power = call.scale()
     y = F.linear(x, weight, bias)
     if seed is None:
@@ -39,7 +39,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
         p = lora_a.new_empty(m, lora_a.shape[0])
         for rows in _blocks(m, k, x.device):
             block = slice(rows.start, rows.stop)
-            (dropped,) = drop(seed, dropout_p, rows, range(k), x[block])
+            (dropped,) = drop(seed, dropout_p, rows, mask_columns(first, range(k)), x[block])
             p[block] = _project(dropped, lora_a.t(), factor)
     if p.dtype == y.dtype:
         y.addmm_(p, lora_b.t(), alpha=power)
@@ -50,7 +50,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
 
 def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
     """Return the needed ones of dx, da and db; dx is added to `onto` in place, where given."""
-    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p = call
+    dy, x, weight, lora_a, lora_b, p, seed, _, dropout_p, first = call
     factor, power = call.scale()
     dx = da = None
     db = None if p is None else _correlate(dy, p, power)
@@ -80,7 +80,7 @@ def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
         tiles = [] if x is None else [x[:, block]]
         if dx is not None and lora_a is not None:
             tiles.append(_product(q, lora_a[:, block], power))
-        kept = drop(seed, dropout_p, range(m), columns, *tiles)
+        kept = drop(seed, dropout_p, range(m), mask_columns(first, columns), *tiles)
         if dx is not None and lora_a is not None:
             dx[:, block] += kept.pop()
         if da is not None:

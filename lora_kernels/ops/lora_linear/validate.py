@@ -116,6 +116,14 @@ def _validate_seed(seed: Any, device: torch.device) -> None:
         _value_error(f"seed must be in [0, 2**63), got {seed}")
 
 
+def validate_column(column: Any) -> None:
+    """Raise TypeError or ValueError unless the mask can start at `column`."""
+    if isinstance(column, bool) or not isinstance(column, int):
+        _type_error(f"first_column must be an int or None, got {type(column).__name__}")
+    if not 0 <= column < 2**31:
+        _value_error(f"first_column must be in [0, 2**31), got {column}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 

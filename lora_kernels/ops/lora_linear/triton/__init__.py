@@ -20,7 +20,7 @@ from lora_kernels.ops.lora_linear.config import TileConfig, in_eights, pick
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import LOW, threshold
-from lora_kernels.ops.lora_linear.problem import Problem
+from lora_kernels.ops.lora_linear.problem import SLICED, Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -54,6 +54,8 @@ def why_not(problem: Problem) -> str | None:
         )
     if problem.dtype not in DTYPES:
         return f"{problem.dtype} is not supported".replace("torch.", "")
+    if problem.sliced:
+        return SLICED
     if max(problem.m, problem.n, problem.k, problem.r) >= 2**30:
         return "a size of 2**30 or more is not supported"
     return None

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel
 from peft_models import calls_of_lora_linear, llama
 from peft_models import one_thread as one_thread
 from torch._dynamo.utils import counters
+from torchrun import torchrun
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from lora_kernels.peft import fuse
@@ -187,6 +189,20 @@ def test_a_killed_run_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
             fuse(resumed.model)
         resumed.train(resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-2"))
         assert_same(resumed, whole)
+
+
+def test_a_rank_killed_in_mid_step_ends_the_run_which_then_resumes(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "trained_by_ranks.py"
+    died = torchrun(2, script, tmp_path, "die")
+    assert died.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in died.stderr, died.stderr[-3000:]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = torchrun(2, script, tmp_path, "resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    # Of the steps before the checkpoint the resumed run has the losses that were saved.
+    got, whole = json.loads((tmp_path / "losses.json").read_text())
+    assert len(got) == STEPS
+    assert got == pytest.approx(whole, rel=1e-6)
 
 
 def test_hot_swapped_and_merged_after_training(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ the wrapper says who they are: DistributedDataParallel and FSDP do. Tensor paral
 count: its processes see the same rows and must agree on the mask.
 """
 
+import math
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_kernels.ops.lora_linear.philox import seed_tensor
+from lora_kernels.ops.lora_linear.philox import keep_mask, seed_tensor
 
 _PLACE = "_lora_kernels_place_in_batch"
 _STEP = 0x1E3779B97F4A7C15  # between the seeds of two places; odd, and below 2**61
@@ -47,6 +50,23 @@ def dropout_seed(layer: Any, x: Tensor) -> Tensor | None:
     if place == 0:
         return None
     return seed_tensor(None, x) + place * _STEP % 2**63 & 2**63 - 1
+
+
+def dropout(layer: Any, x: Tensor, p: float) -> Tensor:
+    """Return `F.dropout(x, p)` of x[..., K], with a mask that differs as those of `lora_linear` do.
+
+    For what a layer computes outside of that.
+    """
+    seed = dropout_seed(layer, x)
+    if seed is None:
+        return F.dropout(x, p)
+    if seed.is_cpu and not torch.compiler.is_compiling():
+        generator = torch.Generator(x.device).manual_seed(int(seed))
+        keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    else:  # the seed may not be looked at
+        rows = range(math.prod(x.shape[:-1]))
+        keep = keep_mask(seed, p, rows, range(x.shape[-1]), x.device).view(x.shape).to(x.dtype)
+    return x * keep.div_(1 - p)
 
 
 def _place(layer: Any) -> int:

@@ -13,7 +13,9 @@ from distributed import (
     LAYERS,
     RANKS,
     Cluster,
+    clean,
     compare,
+    counted,
     fuse_all,
     gradients,
     llama,
@@ -22,15 +24,16 @@ from distributed import (
     tokens,
 )
 from distributed import cluster as cluster
-from peft_models import fp64
+from peft_models import add_other, fp64, peft_model, run, x_for
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear
-from lora_kernels.distributed import _STEP, dropout_seed
+from lora_kernels.distributed import _STEP, dropout, dropout_seed
 from lora_kernels.ops.lora_linear import reference
 from lora_kernels.ops.lora_linear.philox import drop, keep_mask, seed_tensor
+from lora_kernels.peft import fuse
 from lora_kernels.testing import assert_accurate, audit
 
 P = 0.4
@@ -181,6 +184,87 @@ def test_masks_of_two_ranks_are_uncorrelated(cluster: Cluster) -> None:
         assert abs(keep.mean() - (1 - P)) < 5 * (P * (1 - P) / n) ** 0.5  # five sigma
     covariance = ((first - (1 - P)) * (second - (1 - P))).mean()
     assert abs(covariance) < 5 * P * (1 - P) / n**0.5
+
+
+# --- What is dropped outside of the operator -----------------------------------------------------
+
+KINDS: tuple[dict[str, Any], ...] = ({"use_dora": True}, {})
+
+
+def fused_kind(options: dict[str, Any]) -> Any:
+    """A DoRA adapter, or two of LoRA, of which one is added outside; both drop."""
+    model = peft_model(dtype=fp64, lora_dropout=P, **options)
+    if not options:
+        add_other(model, lora_dropout=P)
+        model.base_model.set_adapter(["default", "other"])
+    assert len(fuse(model).fused) == 2
+    return model
+
+
+def seeded(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    return run(model, x)
+
+
+def dropped_outside(
+    rank: int, how: str, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return what a rank computes, whole and under both kinds of checkpoint; all are seeded alike.
+
+    A checkpoint's gradients are right only if its second forward drops what the first did.
+    """
+    model = fused_kind(options)
+    x = x_for(model)
+    with counted() as calls:
+        found = []
+        for reentrant in (None, False, True):
+            whole = model if reentrant is None else Checkpointed(model, reentrant)
+            found.append(seeded(WRAPPERS[how](whole), x))
+    assert len(calls) == 2 * 5
+    names = [clean(name).replace("inner.", "") for name in found[0]]
+    return tuple(dict(zip(names, each.values(), strict=True)) for each in found)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=["DoRA", "two adapters"])
+@pytest.mark.parametrize("how", ["alone", "ddp"])
+def test_what_is_dropped_outside_differs_by_rank(
+    how: str, options: dict[str, Any], cluster: Cluster
+) -> None:
+    ranks = cluster.run(dropped_outside, how, options)
+    model = fused_kind(options)
+    expected = seeded(model, x_for(model))  # as ever, for one process
+    assert_accurate("y", ranks[0][0]["y"], expected["y"], expected["y"])
+    assert torch.equal(ranks[0][0]["y"], ranks[1][0]["y"]) == (how == "alone")
+    for plain, *checkpointed in ranks:
+        for again in checkpointed:
+            assert again.keys() == plain.keys()
+            for name, value in plain.items():
+                assert_accurate(name, again[name], value, value)
+
+
+def outside_alone(rank: int, compile: bool) -> Tensor:
+    """What `dropout` keeps of ones."""
+    inner = layer()
+    with torch.no_grad():
+        DistributedDataParallel(inner)(x_for_masks())  # where the layer learns its place
+    call = lambda x: dropout(inner, x, P)
+    if compile:
+        torch._dynamo.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(7)
+    return call(torch.ones(2048, 64, dtype=fp64))
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_masks_outside_are_dropout_and_uncorrelated(compile: bool, cluster: Cluster) -> None:
+    kept = cluster.run(outside_alone, compile)
+    for each in kept:
+        torch.testing.assert_close(each[each > 0], torch.full_like(each[each > 0], 1 / (1 - P)))
+    first, second = ((each > 0).double() - (1 - P) for each in kept)
+    n = first.numel()
+    for each in (first, second):
+        assert abs(each.mean()) < 5 * (P * (1 - P) / n) ** 0.5
+    assert abs((first * second).mean()) < 5 * P * (1 - P) / n**0.5
 
 
 def compiled(rank: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.distributed import dropout
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.parts import Adapter, Factors, parameter, replaced
@@ -41,7 +42,7 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
             return rescale(z, scale, bias)
         # Then PEFT drops from the scaled frozen product, too, but leaves the other one alone:
         # x·Wᵀ + (m/n - 1)∘drop(x)·Wᵀ + m/n∘s·drop(x)·Aᵀ·Bᵀ with one mask.
-        dropped = F.dropout(x, dropout_p)
+        dropped = dropout(layer, x, dropout_p)
         z = lora_linear(dropped, weight, lora_a, lora_b, scaling, frozen_bias)
         return F.linear(x - dropped, weight) + rescale(z, scale, bias)
 

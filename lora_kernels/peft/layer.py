@@ -326,5 +326,5 @@ def _make_and_run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> 
         y = add_row(y, outside)
     y_dtype = x_dtype if frozen.y_like_x else y.dtype
     for other in adapter.others:
-        y = other.added_to(y, as_given)
+        y = other.added_to(y, as_given, layer)
     return y.to(y_dtype)

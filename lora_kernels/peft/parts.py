@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.distributed import dropout
 from lora_kernels.peft.tensor_parallel import Split
 
 
@@ -56,11 +57,11 @@ class Adapter(NamedTuple):
         """Return what this call multiplies by."""
         return self.derive() if self.derive else Factors(self.lora_a, self.lora_b, None)
 
-    def added_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def added_to(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Return `y + s·drop(x)·Aᵀ·Bᵀ (+ bias)` out of PyTorch's own operators, as PEFT does."""
         lora_a, lora_b, bias = self.factors()
         x = x.to(lora_a.dtype)
-        dropped = F.dropout(x, self.dropout_p) if self.dropout_p else x
+        dropped = dropout(layer, x, self.dropout_p) if self.dropout_p else x
         y = y + F.linear(F.linear(dropped, lora_a), lora_b) * self.scaling
         return y if bias is None else y + bias
 

@@ -38,8 +38,10 @@ def philox4x32(counter: tuple[Tensor, ...], seed: Tensor) -> list[Tensor]:
     """
     c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
-    # On the CPU the key becomes Python numbers; on a GPU that would wait for the device.
-    key = int(seed) if seed.device.type == "cpu" else seed
+    # On the CPU the key becomes Python numbers; on a GPU that would wait for the device, and a
+    # compiled graph would break there.
+    known = seed.device.type == "cpu" and not torch.compiler.is_compiling()
+    key = int(seed) if known else seed
     key0, key1 = key & LOW, (key >> 32) & LOW
     # The rounds run in place over six buffers: this loop is bound by memory traffic. A word that is
     # only ever xored may keep garbage in its upper half.

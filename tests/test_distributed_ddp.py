@@ -192,8 +192,8 @@ KINDS: tuple[dict[str, Any], ...] = ({"use_dora": True}, {})
 
 
 def fused_kind(options: dict[str, Any]) -> Any:
-    """A DoRA adapter, or two of LoRA, of which one is added outside; both drop."""
-    model = peft_model(dtype=fp64, lora_dropout=P, **options)
+    """A DoRA adapter, or two of LoRA, of which one is added outside, and drops."""
+    model = peft_model(dtype=fp64, lora_dropout=P if options else 0.0, **options)
     if not options:
         add_other(model, lora_dropout=P)
         model.base_model.set_adapter(["default", "other"])

@@ -27,7 +27,7 @@ from distributed import cluster as cluster
 from peft import LoraConfig, get_peft_model
 from peft_models import fp64, peft_model, x_for
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -47,9 +47,9 @@ COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = ("o_proj", "down_proj")
 
 
-def parallel(model: Any) -> Any:
+def parallel(model: Any, mesh: DeviceMesh | None = None) -> Any:
     """Share out every linear layer as PyTorch's documentation does, adapters included."""
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = mesh or init_device_mesh("cpu", (RANKS,))
     for layer in model.base_model.model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             plan: dict[str, Any] = {}

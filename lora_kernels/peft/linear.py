@@ -30,7 +30,7 @@ class FusedLinear(Fused, Linear):
             return f"base layer is a {kind(base)}, not a plain nn.Linear"
         reason = replaced("base layer", base)
         if reason:
-            return _shards(base) or reason
+            return _shards(base, x is not None) or reason
         weight = if_trained(parameter(base, "weight"), base, "weight")
         bias = if_trained(parameter(base, "bias"), base, "bias")
         if own is Conv1D:
@@ -38,8 +38,8 @@ class FusedLinear(Fused, Linear):
         return Frozen(weight, bias, weight.dtype)
 
 
-def _shards(base: Any) -> Frozen | None:
-    split = split_of(base)
+def _shards(base: Any, now: bool) -> Frozen | None:
+    split = split_of(base, now)
     if split is None:
         return None
     weight, bias = base.weight.to_local(), base.bias

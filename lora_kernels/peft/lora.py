@@ -41,7 +41,7 @@ def plain(
     if reason:
         return (
             _sharded_alone(lora_a, lora_b, scaling, dropout_p)
-            or _split(lora_a, lora_b, scaling, dropout_p)
+            or _split(lora_a, lora_b, scaling, dropout_p, now)
             or reason
         )
     a, b = parameter(lora_a, "weight"), parameter(lora_b, "weight")
@@ -58,14 +58,16 @@ def plain(
     return Adapter(a, b, scaling, dropout_p, lambda: Factors(a, b, bias * scaling))
 
 
-def _split(lora_a: Any, lora_b: Any, scaling: float, dropout_p: float) -> Adapter | str | None:
+def _split(
+    lora_a: Any, lora_b: Any, scaling: float, dropout_p: float, now: bool
+) -> Adapter | str | None:
     """Return the adapter whose A or B processes share out, or None if it is not one."""
-    split = split_of(lora_b) or split_of(lora_a)
+    split = split_of(lora_b, now) or split_of(lora_a, now)
     if split is None:
         return None
     whole = lora_a if split.dim == 0 else lora_b
     part = "lora_A" if split.dim == 0 else "lora_B"
-    reason = not_plain(part, whole) or out_of_reach(part, whole.weight, whole, now=True)
+    reason = not_plain(part, whole) or out_of_reach(part, whole.weight, whole, now)
     if reason is None and lora_b.bias is not None:
         reason = "lora_B has a bias under tensor parallelism"
     if reason:

@@ -44,18 +44,23 @@ class Split(NamedTuple):
         return y if self.dim == 0 else _SumForward.apply(y, self.group)
 
 
-def split_of(module: Any) -> Split | None:
-    """Return how a linear layer is shared out, or None where that is not, or not exactly, known."""
+def split_of(module: Any, now: bool) -> Split | None:
+    """Return how a linear layer is shared out, or None where that is not, or not exactly, known.
+
+    Not `now`, but when the model runs: FSDP, too, then no longer cuts what it has cut on top.
+    """
     weight = module._parameters.get("weight")
     if type(module) is not nn.Linear or not isinstance(weight, DTensor):
         return None
-    if weight.device_mesh.ndim != 1 or not isinstance(weight.placements[0], Shard):
+    mesh, placement = weight.device_mesh, weight.placements[-1]
+    on_top = not now and "_is_fsdp_managed_module" in module.__dict__
+    if not (mesh.ndim == 1 or on_top) or not isinstance(placement, Shard):
         return None
-    dim = weight.placements[0].dim % 2
+    dim = placement.dim % 2
     found = _by_transformers(module) if "forward" in module.__dict__ else _by_torch(module)
     if found != (*_LAYOUTS[dim], True):
         return None
-    group = weight.device_mesh.get_group()
+    group = mesh.get_group(mesh.ndim - 1)
     if dim == 0:
         return Split(dim, group)
     k, share = weight.shape[1], -(-weight.shape[1] // group.size())  # as `torch.chunk` cuts

@@ -216,8 +216,32 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
     "others fill a store panel before its reader is known to be done": (
         "forward_bf16",
         STORE,
-        "tma_store_wait_read<1>();\n      ptx::warpgroup_sync(own_barrier());",
+        "tma_store_wait_read<1>();\n    ptx::warpgroup_sync(own_barrier());",
         "tma_store_wait_read<1>();",
+    ),
+    "the last tile stays in registers": (
+        "forward_bf16",
+        TILE,
+        "    store.put(0, kTilePanels);\n",
+        "",
+    ),
+    "a tile held before a short contraction is lost": (
+        "backward_bf16",
+        TILE,
+        "      panels.put(0, Panels::kCount);\n",
+        "",
+    ),
+    "a tile goes to the rows of the first one": (
+        "forward_bf16",
+        STORE,
+        "    held_row = row;\n",
+        "    if (held_row < 0) held_row = row;\n",
+    ),
+    "panels go out twice and others never": (
+        "backward_bf16",
+        STORE,
+        "store.put(kFirst + begin, kFirst + end)",
+        "store.put(begin, end)",
     ),
     "products start before all threads have masked": (
         "forward_bf16",

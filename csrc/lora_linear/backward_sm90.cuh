@@ -120,9 +120,9 @@ LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& drop
   const int thread = consumer_thread(), lane = thread % 4;
   row += 16 * (thread / 32) + thread % 32 / 4;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int block = 0; block < kTileN / 8; block += 4) {
 #pragma unroll
-    for (int block = 0; block < kTileN / 8; block += 4) {
+    for (int half = 0; half < 2; ++half) {
       const uint32_t drawn = keep_bits(dropout, row + 8 * half, column / 8 + block + lane);
 #pragma unroll
       for (int source = 0; source < 4; ++source) {
@@ -135,38 +135,41 @@ LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& drop
   }
 }
 
-// dx[128, 256] = dy*W + 2^e*keep(Q*A). Dropout masks Q*A alone, so it must come first then.
+// dx[128, 256] = dy*W + 2^e*keep(Q*A). Dropout masks Q*A alone, so it must come first then; of the
+// tile that is held, half goes out ahead: drawing the mask takes its registers.
 template <class Element, class Adapter>
 LORA_DEVICE void dx_tile(const BackwardParameters& f, const Dropout& dropout, Pipeline& pipeline,
                          Store& store, const Item& tile) {
+  constexpr int kAhead = kTilePanels / 2;
   const int row = tile.row * kTileM + consumer() * kPanel, column = tile.column * kTileN;
   float acc[kTileN / 2];
   fill_zero(acc);
-  const auto frozen = [&] {
-    contract<Element, Element, Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, f.n,
-                                                                       NoMask{});
+  const auto frozen = [&](auto panels) {
+    contract<Element, Element, Element, kTileN, Major::kK, Major::kMn>(acc, pipeline, f.n, NoMask{},
+                                                                       panels);
   };
   const auto low_rank = [&] {
     contract<Element, Adapter, Adapter, kTileN, Major::kK, Major::kMn>(acc, pipeline, f.r,
                                                                        NoMask{});
   };
   if (dropout.enabled) {
+    store.put(0, kAhead);
     low_rank();
     mask_accumulators(acc, dropout, row, column);
     multiply(acc, f.scale.raise);
-    frozen();
+    frozen(HeldPanels<kAhead>{store});
   } else {
-    frozen();
+    frozen(HeldPanels<0>{store});
     add_scaled(acc, f.scale, low_rank);
   }
-  store.run<Element, false>(acc, &f.dx, row, column);
+  store.hold<Element>(acc, row, column);
 }
 
 template <class Element, class Adapter>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_linear_backward(const __grid_constant__ BackwardParameters f) {
   run_items<Adapter>(
-      f.ctas, f.workspace, f.words, f.end(),
+      f.ctas, &f.dx, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         const Item item = f.item(ticket, pipeline.rank);
@@ -186,16 +189,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 // would be the last to end, so it begins earlier by its own length, in whole waves of tiles.
 //
 // Clocks as README.md derives them: 64 bytes arrive a clock, drawing the mask of a stage takes
-// 1000, a stage of a tile 1024 and a slice of its rank loop 256, what surrounds an item 2400.
+// 1000, a stage of a tile 1024 and a slice of its rank loop 256, what surrounds an item 2400, and a
+// tile, whose store the next one hides, 1000.
 template <class Adapter>
 int tiles_after_da(const BackwardArguments& f, int tiles, int at_once) {
-  constexpr int kAround = 2400;
+  constexpr int kAround = 2400, kAroundTile = 1000;
   constexpr int kStage = Boxes<Bf16, Major::kMn, kTileM, kPanel>::kBytes +
                          Boxes<Adapter, Major::kMn, kRankTile, kPanel>::kBytes;
   const int64_t da = int64_t{blocks(f.m, kPanel)} * (f.dropout.enabled ? 1000 : kStage / 64);
   const int64_t dx = int64_t{blocks(f.n, kPanel)} * 1024 + blocks(f.r, kWgmmaK) * 256;
   if (da <= dx) return 0;
-  const int64_t waves = (da + kAround) / (dx + kAround) + 1;
+  const int64_t waves = (da + kAround) / (dx + kAroundTile) + 1;
   return static_cast<int>(std::min<int64_t>(tiles, waves * at_once));
 }
 

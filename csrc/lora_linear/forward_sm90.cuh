@@ -93,19 +93,20 @@ LORA_DEVICE void main_tile(const ForwardParameters& f, Pipeline& pipeline, Store
   const auto [row, column] = f.main_tile(ticket, pipeline.rank);
   float acc[kTileN / 2];
   fill_zero(acc);
-  contract<Element, Element, Element, kTileN, Major::kK, Major::kK>(acc, pipeline, f.k, NoMask{});
+  contract<Element, Element, Element, kTileN, Major::kK, Major::kK>(acc, pipeline, f.k, NoMask{},
+                                                                    HeldPanels<0>{store});
   add_scaled(acc, f.scale, [&] {
     contract<Element, Adapter, Adapter, kTileN, Major::kK, Major::kK>(acc, pipeline, f.r, NoMask{});
   });
   if (f.bias != nullptr) add_bias<Element>(acc, f.bias, column * kTileN, f.n);
-  store.run<Element, false>(acc, &f.y, row * kTileM + consumer() * kPanel, column * kTileN);
+  store.hold<Element>(acc, row * kTileM + consumer() * kPanel, column * kTileN);
 }
 
 template <class Element, class Adapter>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_linear_forward(const __grid_constant__ ForwardParameters f) {
   run_items<Adapter>(
-      f.ctas, f.workspace, f.words, f.end(),
+      f.ctas, &f.y, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         if (ticket < f.p_items.count) {

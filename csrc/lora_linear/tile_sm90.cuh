@@ -115,9 +115,12 @@ struct PanelMask {
 // in two products, fp32 on both sides is rounded.
 //
 // One stage's multiplications stay in flight: it is released a step later, and only the last step
-// is waited for. What a stage holds beyond the depth is zero by TMA's fill.
-template <class Element, class Left, class Right, int kN, Major kMajorA, Major kMajorB, class Mask>
-LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, Mask mask) {
+// is waited for. What a stage holds beyond the depth is zero by TMA's fill. Panels that are held go
+// out while products are in flight or, where there are too few stages, ahead of them.
+template <class Element, class Left, class Right, int kN, Major kMajorA, Major kMajorB, class Mask,
+          class Panels = NoPanels>
+LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, Mask mask,
+                          Panels panels = {}) {
   using Multiply = ptx::Wgmma<Element, kN, kMajorA == Major::kMn, kMajorB == Major::kMn>;
   constexpr bool kRounded = std::is_same_v<Left, float>;
   constexpr bool kSplit = !kRounded && std::is_same_v<Right, float>;
@@ -137,18 +140,32 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
   const int full_stages = depth / kDepth<Left>;
   const int last_slices = blocks(depth % kDepth<Left>, kWgmmaK);
   uint32_t previous = 0;
-#pragma unroll 1
-  for (int stage = 0; stage < full_stages; ++stage) {
+  const auto step = [&](const auto& meanwhile) {
     await();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kDepth<Left> / kWgmmaK; ++i) slice(i);
     ptx::wgmma_commit();
+    meanwhile();
     ptx::wgmma_wait<1>();
     if (previous != 0) pipeline.release<kRewrites>(previous);
     previous = pipeline.stages.empty();
     pipeline.stages.advance();
+  };
+  int stage = 0;
+  if constexpr (Panels::kCount > 0) {
+    // Else zeros would be written where the branches meet ahead of the loop, and ptxas serialise
+    // wgmma (C7515).
+    ptx::pin(acc);
+    if (full_stages < Panels::kCount) {
+      panels.put(0, Panels::kCount);
+    } else {
+#pragma unroll
+      for (; stage < Panels::kCount; ++stage) step([&] { panels.put(stage, stage + 1); });
+    }
   }
+#pragma unroll 1
+  for (; stage < full_stages; ++stage) step([] {});
   ptx::wgmma_wait<0>();
   if (previous != 0) pipeline.release<kRewrites>(previous);
   if (last_slices != 0) {
@@ -203,10 +220,11 @@ LORA_DEVICE Dropout with_seed(Dropout dropout) {
 }
 
 // Runs `produce(pipeline, ticket)` in one thread and `consume(pipeline, store, ticket)` in the
-// consumer warpgroups for each ticket below `end`. The last CTA to finish zeroes the workspace.
+// consumer warpgroups for each ticket below `end`; main or dx tiles go to `tiles`. The last CTA to
+// finish zeroes the workspace.
 template <class Adapter, class Produce, class Consume>
-LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t end,
-                           const Produce& produce, const Consume& consume) {
+LORA_DEVICE void run_items(int ctas, const TensorMap* tiles, uint32_t* workspace, int words,
+                           uint32_t end, const Produce& produce, const Consume& consume) {
   Pipeline pipeline(ctas, std::is_same_v<Adapter, float>);
   if (ptx::thread_index() == 0) pipeline.init();
   ptx::warp_sync();
@@ -227,12 +245,13 @@ LORA_DEVICE void run_items(int ctas, uint32_t* workspace, int words, uint32_t en
     }
   } else {
     ptx::claim_registers<kConsumerRegisters>();
-    Store store(pipeline);
+    Store store(pipeline, tiles);
     for (;;) {
       const uint32_t ticket = pipeline.get_ticket(true);
       if (ticket >= end) break;
       consume(pipeline, store, ticket);
     }
+    store.put(0, kTilePanels);
     Store::drain();
   }
   ptx::warp_sync();

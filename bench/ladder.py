@@ -264,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rung", type=int, help="run this one in this process")
     options = parser.parse_args(argv)
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        parser.exit(2, "bench.ladder: there is no CUDA device here\n")
     rungs = [r._replace(backend=options.backend) if options.backend else r for r in RUNGS]
     if options.rung is not None:
         return climb_one(rungs[options.rung], torch.device(options.device))

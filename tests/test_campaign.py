@@ -226,7 +226,7 @@ def test_a_backend_that_hung_is_not_benchmarked(
     monkeypatch.setattr(ladder, "RUNGS", rungs)
     monkeypatch.setattr(ladder, "_command", lambda i, options: script(codes[i]))
     note = tmp_path / gpu.UNSAFE
-    assert ladder.main([f"--unsafe={note}"]) == 1
+    assert ladder.main(["--device=cpu", f"--unsafe={note}"]) == 1
     assert note.read_text() == "b"
     lines: list[str] = []
     stage = gpu.Stage("bench", script("print('(all){safe}')"), 60)

@@ -47,6 +47,16 @@ def test_the_ladder_ends_with_its_budget_where_everything_hangs() -> None:
     assert set(statuses[4:]) == {"not started"}
 
 
+def test_without_a_gpu_the_ladder_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        ladder.main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "bench.ladder: there is no CUDA device here\n"
+
+
 def odd_row_blocks(*columns: slice) -> Callable[[Tensor, object], Tensor]:
     """Spoil the odd blocks of 128 rows, in some columns."""
 

@@ -63,6 +63,15 @@ def test_norms_of_rows_that_nearly_cancel(left: float) -> None:
     assert_accurate("n", row_norms(weight, lora_a, lora_b, scaling), exact.norm(dim=1), eager)
 
 
+def test_one_row_without_a_batch_becomes_a_batch_of_one_as_in_peft() -> None:
+    plain = peft_model(use_dora=True)
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 2
+    up, expected = (model.base_model.model.up(x_for(plain, K)) for model in (fused, plain))
+    assert up.shape == expected.shape
+    torch.testing.assert_close(up, expected)
+
+
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
 def test_dropout_is_peft_s_own_draw_for_draw(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft_models import (
     K,
     assert_close_to_peft,
@@ -24,6 +25,7 @@ from peft_models import (
 )
 from peft_models import one_thread as one_thread
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lora_kernels import LoRALinear
 from lora_kernels.peft import FusedLinear, fuse, why_not
@@ -92,6 +94,60 @@ def test_a_patched_class_is_honoured(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("own", [nn.Linear, nn.Dropout, nn.Module])
+def test_a_patched_call_is_honoured(own: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = (model.eval() for model in pair(lora_dropout=0.5))
+    call = own.__call__
+
+    def doubled_call(self: Any, *args: Any) -> Any:
+        return (1 if isinstance(self, Linear) else 2) * call(self, *args)
+
+    monkeypatch.setattr(own, "__call__", doubled_call)
+    assert_same_as_peft(fused, plain, x_for(plain))
+    assert why_not(fused.base_model.model.up).endswith(".__call__ was patched")
+
+
+@pytest.mark.parametrize("function", ["linear", "dropout"])
+def test_a_patched_function_is_honoured(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = pair(lora_dropout=0.5)
+    own = getattr(nn.functional, function)
+    # A mask for p = 1 tells that the patch ran, whatever the seed.
+    halved = lambda x, *rest, **options: own(x, *rest, **options) * (function == "linear") / 2
+    monkeypatch.setattr(nn.functional, function, halved)
+    if function == "linear":
+        fused, plain = fused.eval(), plain.eval()
+    assert_same_as_peft(fused, plain, x_for(plain))
+    assert why_not(fused.base_model.model.up) == "a function in torch.nn.functional was patched"
+
+
+def test_a_patched_variant_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = pair(use_dora=True)
+    own = DoraLinearVariant.forward
+    patch = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+    monkeypatch.setattr(DoraLinearVariant, "forward", staticmethod(patch))
+    assert_same_as_peft(fused, plain, x_for(plain))
+    assert why_not(fused.base_model.model.up) == "DoraLinearVariant.forward was patched"
+
+
+class LinearHalved(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result / 2 if function is nn.functional.linear else result
+
+
+def test_a_mode_that_replaces_functions_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, plain = pair()
+    with LinearHalved(), torch.device("cpu"):
+        assert_same_as_peft(fused, plain, x_for(plain))
+        reason = "a LinearHalved sees the functions that PEFT's code calls"
+        assert why_not(fused.base_model.model.up) == reason
+    with torch.device("cpu"), calls_of_lora_linear(monkeypatch) as calls:
+        assert_close_to_peft(fused, plain, x_for(plain))
+    assert len(calls) == 2
+
+
 def test_a_patch_that_was_there_before_us_is_honoured() -> None:
     script = """
 import functools, torch, peft
@@ -146,3 +202,26 @@ def test_a_layer_on_meta_runs_under_autocast(device: str) -> None:
     y.sum().backward()
     assert y.shape == (3, 5)
     assert layer.lora_A.grad.shape == (2, K)
+
+
+def compressed(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to_sparse_csr(), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("part", ["x", "base weight", "lora_A"])
+def test_what_is_sparse_is_left_to_peft(part: str) -> None:
+    fused, plain = pair()
+    up, expected = fused.base_model.model.up, plain.base_model.model.up
+    x = x_for(plain, 5, K)
+    if part == "x":
+        x = x.to_sparse_csr()
+    for layer in (up, expected):
+        if part == "base weight":
+            layer.base_layer.weight = compressed(layer.base_layer.weight)
+        if part == "lora_A":
+            layer.lora_A["default"].weight = compressed(layer.lora_A["default"].weight)
+    with torch.no_grad():
+        assert torch.equal(up(x).to_dense(), expected(x).to_dense())
+    reason = "x is nested or sparse" if part == "x" else f"{part} is torch.sparse_csr, not dense"
+    assert why_not(up, x) == reason

@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.peft.dora import dora
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, short
+from lora_kernels.peft.parts import Adapter, Factors, patched, short
 from lora_kernels.peft.variants import bdlora, kasa
 
 # PEFT's variant, and what hands over its factors. MiCA trains something else and is the same.
@@ -34,9 +34,10 @@ def adapter_of(layer: Any, name: str, *, now: bool) -> Adapter | str:
         return f"there is no adapter {name!r} in this layer"
     if name not in layer.lora_variant:
         return plain(layer, name, now)
-    variant = type(layer.lora_variant[name]).__name__
+    own = type(layer.lora_variant[name])
+    variant = own.__name__
     if variant in VARIANTS:
-        return VARIANTS[variant](layer, name, now)
+        return patched(own) or VARIANTS[variant](layer, name, now)
     return ", ".join(filter(None, (f"variant {variant}", _MORE.get(variant))))
 
 

@@ -34,6 +34,7 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
 
     def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
         lora_a, lora_b, _ = factors
+        x = x.unsqueeze(0) if x.dim() == 1 else x  # PEFT's y is [1,N] then, too
         # The norm is rounded as PEFT rounds it, so that m/n is 1 where training starts.
         scale = magnitude / row_norms(weight, lora_a, lora_b, scaling)
         frozen_bias = None if bias is None else bias.detach()

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from lora_kernels.distributed import dropout_seed
 from lora_kernels.ops.lora_linear import composition, lora_linear
@@ -30,6 +33,8 @@ from lora_kernels.saved_input import needs_a_copy, on_a_copy
 # backward: LoRA at N = K = 576 takes 1.39 of PEFT's time with 2 rows, 1.08 with 16, 1.03 with 64,
 # at 2048 1.06, 1.02, 1.00; two and four adapters, KaSA and lora_bias are even at 64, ahead at 256.
 FEW_ROWS = 64
+
+_linear, _dropout = torch._C._nn.linear, F.dropout
 
 
 class Fused(ExactMerge):
@@ -182,6 +187,14 @@ def surroundings() -> str | None:
         return "global module hooks are set, which only module calls run"
     if torch.jit.is_tracing():
         return "inside torch.jit.trace, which would keep this x's shape"
+    if F.linear is not _linear or F.dropout is not _dropout:
+        return "a function in torch.nn.functional was patched"
+    if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling():
+        # All but a default device may replace the functions that PEFT's code calls.
+        modes = [type(mode) for mode in _get_current_function_mode_stack()]
+        other = next((own for own in modes if own is not DeviceContext), None)
+        if other is not None:
+            return f"a {other.__name__} sees the functions that PEFT's code calls"
     return composition.surrounds()
 
 
@@ -190,7 +203,8 @@ def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
     now = x is not None
     packed = dense is not None and type(weight) is not DTensor
     for part, tensor in (("base weight", None if packed else weight), ("base bias", bias)):
-        if tensor is not None and not (now and type(tensor) in PLAIN_TYPES):
+        plain = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
+        if tensor is not None and not (now and plain):
             reason = out_of_reach(part, tensor, base, now)
             if reason:
                 return reason
@@ -200,7 +214,7 @@ def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
         return None
     if type(x) not in PLAIN_TYPES:
         return f"x is a {kind(x)}, not a plain tensor"
-    return "x is a nested tensor" if x.is_nested else None
+    return "x is nested or sparse" if x.is_nested or x.layout is not torch.strided else None
 
 
 def _dtypes(

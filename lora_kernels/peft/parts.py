@@ -96,21 +96,24 @@ def replaced(part: str, module: nn.Module) -> str | None:
     if reason:
         return reason
     own = type(module)
-    return None if own.forward is _forwards.get(own) else patched(own)
+    as_defined = own.forward is _forwards.get(own) and own.__call__ is nn.Module._wrapped_call_impl
+    return None if as_defined else patched(own)
 
 
 _forwards: dict[Any, Any] = {}
 
 
 def patched(own: Any) -> str | None:
-    """Return that the forward of a class is not the one which its module defines, or None."""
+    """Return that calling a class does not run the forward which its module defines, or None."""
     if own not in _forwards:
         owner = next(c for c in own.__mro__ if "forward" in vars(c))
         source = getattr(owner.forward, "__globals__", {})  # which no `functools.wraps` changes
         _forwards[own] = owner.forward if source.get("__name__") == owner.__module__ else None
-    if own.forward is _forwards[own]:
-        return None
-    return f"{own.__name__}.forward was patched"
+    if own.forward is not _forwards[own]:
+        return f"{own.__name__}.forward was patched"
+    if issubclass(own, nn.Module) and own.__call__ is not nn.Module._wrapped_call_impl:
+        return f"{own.__name__}.__call__ was patched"
+    return None
 
 
 for _class in (nn.Linear, nn.Dropout, nn.Identity):

@@ -26,7 +26,7 @@ def out_of_reach(part: str, tensor: Any, module: nn.Module, now: bool) -> str | 
     if type(tensor) in PLAIN_TYPES:
         if not now and getattr(tensor, "ds_id", None) is not None:
             return f"{part} is gathered by DeepSpeed (ZeRO-3) for its own module's call alone"
-        return None
+        return None if tensor.layout is torch.strided else f"{part} is {tensor.layout}, not dense"
     if type(tensor) is DTensor:
         if not now and "_is_fsdp_managed_module" in module.__dict__:
             return None

@@ -428,29 +428,6 @@ def test_an_operand_modified_before_backward_raises(operand: str) -> None:
         y.sum().backward()
 
 
-def test_gradients_of_gradients_raise() -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    (dx,) = torch.autograd.grad(_call(inputs).square().sum(), inputs.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
-        dx.square().sum().backward()
-
-
-def test_gradients_of_gradients_by_dy_raise() -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), a=False, b=False)
-    dy = inputs.dy.requires_grad_()
-    (dx,) = torch.autograd.grad(_call(inputs), inputs.x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
-        torch.autograd.grad(dx.sum(), dy)
-
-
-@pytest.mark.parametrize("wanted", ["lora_a", "lora_b"])
-def test_gradients_of_adapter_gradients_raise(wanted: str) -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), x=False)
-    (grad,) = torch.autograd.grad(_call(inputs).sum(), getattr(inputs, wanted), create_graph=True)
-    with pytest.raises(RuntimeError, match="lora_linear: double backward is not supported"):
-        grad.sum().backward()
-
-
 def test_backward_twice_needs_retain_graph() -> None:
     inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
     y = _call(inputs)

@@ -189,12 +189,26 @@ def test_no_tokens_at_all() -> None:
         assert model(x, torch.zeros(0, TOP, dtype=torch.long), torch.zeros(0, TOP)).shape == (0, H)
 
 
-def test_a_second_derivative_raises() -> None:
+def test_second_derivatives() -> None:
+    x, index, weights = (t.float() if t.is_floating_point() else t for t in routed())
+    x = x.requires_grad_()
+    results = []
+    for model in pair():
+        y = model(x, index, weights).square().sum()
+        (dx,) = torch.autograd.grad(y, x, create_graph=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append(torch.autograd.grad(dx.square().sum(), [x, *trained]))
+    for got, expected in zip(*results, strict=True):
+        assert_close(got, expected)
+
+
+def test_a_second_derivative_beside_a_frozen_a_raises() -> None:
     fused, _ = pair()
-    x, index, weights = routed()
-    x = x.float().requires_grad_()
-    y = fused(x, index, weights.float()).square().sum()
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
+    for name, parameter in fused.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    x, index, weights = (t.float() if t.is_floating_point() else t for t in routed())
+    y = fused(x.requires_grad_(), index, weights).square().sum()
+    with pytest.raises(RuntimeError, match="double backward beside a frozen A"):
         torch.autograd.grad(y, x, create_graph=True)
 
 

@@ -25,7 +25,7 @@ def grouped_lora(
     grouped products forward, five backward; kept are x and P.
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for where A is frozen.
     """
     return _GroupedLoRA.apply(x, weight, lora_a, lora_b, float(scaling), ends)
 
@@ -54,11 +54,14 @@ class _GroupedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the LoRA product of experts: double backward is not supported")
         x, weight, lora_a, lora_b, p, ends = ctx.saved_tensors
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
         factor, power = _split(ctx.scaling)
+        if torch.is_grad_enabled() and need_db:  # create_graph=True: of P, x and A are to be known
+            if need_da:
+                p = F.grouped_mm(x, _stack_a(lora_a, weight).transpose(1, 2), offs=ends)
+            elif need_dx:
+                raise RuntimeError("experts: double backward beside a frozen A is not supported")
         dy = dy.contiguous()
         dx = da = db = None
         if need_dx or need_da:

@@ -43,7 +43,7 @@ class Fused(ExactMerge):
     Made by `fuse` only. A kind of layer inherits from this and from PEFT's class, names the latter
     as `plain` and says in `frozen` what its base layer hands over, or has a `find` and a `forward`
     of its own. Dropout draws another mask than `nn.Dropout` does from the same torch seed; its
-    distribution is the same. A second derivative raises.
+    distribution is the same.
     """
 
     @staticmethod
@@ -203,8 +203,9 @@ def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
     now = x is not None
     packed = dense is not None and type(weight) is not DTensor
     for part, tensor in (("base weight", None if packed else weight), ("base bias", bias)):
-        plain = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
-        if tensor is not None and not (now and plain):
+        if tensor is None:
+            continue
+        if not (now and type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided):
             reason = out_of_reach(part, tensor, base, now)
             if reason:
                 return reason

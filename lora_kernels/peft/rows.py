@@ -81,7 +81,9 @@ class _Rescale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         z, row, scale = ctx.saved_tensors
         n = dy.shape[-1]
-        if composition.surrounds(dy):  # nothing may be written to in place
+        row = None if row is None else row.detach()  # a constant in z, and in what is made of z
+        # Nothing may be written to in place, or the result is to be differentiated again.
+        if composition.surrounds(dy) or torch.is_grad_enabled():
             wide = dy.to(scale.dtype)
             dz = (wide * scale).to(dy.dtype)
             d_scale = None

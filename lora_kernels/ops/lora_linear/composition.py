@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
@@ -68,3 +69,30 @@ def backward(call: Backward) -> Gradients:
     if x is not None and q is not None:
         da = q.t() @ (x if keep is None else x * keep).to(q.dtype) * power
     return Gradients(dx, da, db)
+
+
+def is_differentiable(call: Backward) -> bool:
+    """Return whether all that the gradients are functions of is at hand."""
+    # db is one of x, too, which is saved for A's gradient alone.
+    lost = call.p is not None and call.x is None and call.weight is not None
+    return not lost and not _is_compiling()
+
+
+def differentiable(call: Backward, unread: tuple[Tensor, int] | None) -> Gradients:
+    """Do as `backward`, and let dx, da and db be differentiated by dy, x, A and B.
+
+    unread: A and its version in the forward where db alone depends on it, and nothing reads it.
+    """
+    x, lora_a = call.x, call.lora_a
+    if unread is not None:
+        lora_a, version = unread
+        if lora_a._version != version:
+            raise RuntimeError("lora_linear: lora_a was modified by an inplace operation")
+    device = call.dy.device.type
+    with torch.autocast(device if is_autocast_available(device) else "cpu", enabled=False):
+        if call.p is not None and x is not None and lora_a is not None:  # else P is a constant
+            if call.seed is not None:
+                rows, columns = range(len(x)), mask_columns(call.first_column, range(x.shape[1]))
+                x = x * keep_mask(call.seed, call.dropout_p, rows, columns, x.device)
+            call = call._replace(p=x.to(lora_a.dtype) @ lora_a.t() * call.scale().factor)
+        return backward(call)

@@ -145,13 +145,19 @@ class _LoRALinear(torch.autograd.Function):
         rebuild = rebuild if need_dx else None
         seed = seed if own_seed else None  # nobody else holds it: it needs no watching
         joint = shared_dx.node_of(x) if need_dx and not traced else None
-        ctx.rest = x.shape, scaling, dropout_p, column, backend, problem, rebuild, seed, joint
+        unread = None
+        if need_db and need_da and not (need_dx or traced):
+            # A that a second derivative alone reads. Saved, it could not be written to.
+            unread = lora_a, lora_a._version
+        rest = x.shape, scaling, dropout_p, column, backend, problem
+        ctx.rest = *rest, rebuild, seed, joint, unread
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
-        shape, scaling, dropout_p, column, backend, problem, rebuild, own_seed, joint = ctx.rest
+        shape, scaling, dropout_p, column, backend, problem, *rest = ctx.rest
+        rebuild, own_seed, joint, unread = rest
         if rebuild is not None:
             weight = rebuild().to(dy.dtype)  # autocast may have converted it
         if len(shape) != 2:
@@ -160,12 +166,14 @@ class _LoRALinear(torch.autograd.Function):
         call = Backward(dy, x, weight, lora_a, lora_b, p, seed, scaling, dropout_p, column)
         # With create_graph=True the gradients must not pass for constants. `once_differentiable`
         # would let them: it raises for what depends on dy, and these depend on x, A and B too.
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            dx, da, db = _backward(call, backend, scale, problem, joint)
+        elif composition.is_differentiable(call) and not _is_by_name(backend):
+            dx, da, db = composition.differentiable(call, unread)
+        else:
             if composition.surrounds(dy):  # there a Function's results are constants
                 _not_twice()
             dx, da, db = _NotTwiceDifferentiable.apply(*call, scale, backend)
-        else:
-            dx, da, db = _backward(call, backend, scale, problem, joint)
         need_dx, need_da, need_db = call.needs
         if dx is not None and need_dx and len(shape) != 2:  # None where it went to `joint`
             dx = dx.view(shape)
@@ -190,7 +198,10 @@ class _NotTwiceDifferentiable(torch.autograd.Function):
 
 
 def _not_twice() -> NoReturn:
-    raise RuntimeError("lora_linear: double backward is not supported")
+    raise RuntimeError(
+        "lora_linear: double backward is not supported in compiled code, by a backend asked for by "
+        "name, or beside a frozen lora_a"
+    )
 
 
 def _forward(
@@ -273,9 +284,13 @@ def _teach() -> None:
         flops.teach()
 
 
+def _is_by_name(backend: str) -> bool:
+    return backend not in (AUTO, reference.BACKEND.name)
+
+
 def _refuse(backend: str, where: str) -> None:
     """Raise unless plain PyTorch may run: a kernel asked for by name has no derivative there."""
-    if backend not in (AUTO, reference.BACKEND.name):
+    if _is_by_name(backend):
         raise BackendUnavailable(f"lora_linear: backend {backend!r} cannot run {where}")
 
 

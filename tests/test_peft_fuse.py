@@ -37,9 +37,6 @@ from peft_models import one_thread as one_thread
 from torch.nn.utils.parametrize import register_parametrization
 
 from lora_kernels.peft import fuse, unfuse, why_not
-from lora_kernels.peft.kinds import KINDS
-from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, kind
 
 TAKEN: dict[str, dict[str, Any]] = {
     "default": {},
@@ -290,46 +287,6 @@ def test_leaves_subclasses_of_the_lora_layer_to_peft() -> None:
     plain = copy.deepcopy(fused)
     assert "QuantisedLinear, not a PEFT lora.Linear" in fuse(fused).not_fused["base_model.model.up"]
     assert_same_as_peft(fused, plain, x_for(plain))
-
-
-class DoublingLinear(nn.Linear):
-    """A kind of frozen layer that this project does not know."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, 2 * self.weight, self.bias)
-
-
-class DoublingLora(Linear):
-    """PEFT's layer over it."""
-
-
-class FusedDoubling(Fused, DoublingLora):
-    plain = DoublingLora
-
-    @staticmethod
-    def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
-        dense = lambda dtype: 2 * base.weight.to(dtype)
-        return Frozen(base.weight, base.bias, base.weight.dtype, dense)
-
-
-def test_a_new_kind_is_one_class_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make() -> PeftModel:
-        torch.manual_seed(0)
-        block = Block()
-        block.up.__class__ = DoublingLinear
-        config = LoraConfig(target_modules=["up", "down"], r=4)
-        config._register_custom_module({DoublingLinear: DoublingLora})
-        return randomise(get_peft_model(block, config))
-
-    plain, fused = make(), make()
-    assert "DoublingLora, not a PEFT" in fuse(fused).not_fused["base_model.model.up"]
-    monkeypatch.setitem(KINDS, kind(plain.base_model.model.up), f"{__name__}.FusedDoubling")
-    assert len(fuse(fused).fused) == 2
-    with calls_of_lora_linear(monkeypatch) as calls:
-        assert_close_to_peft(fused, plain, x_for(plain))
-    assert len(calls) == 2
-    unfuse(fused)
-    assert type(fused.base_model.model.up) is DoublingLora
 
 
 def test_leaves_a_layer_with_its_own_forward_alone() -> None:

@@ -23,6 +23,13 @@ KINDS = {
     "peft.tuners.lora.torchao.TorchaoLoraLinear": "lora_kernels.peft.torchao.FusedTorchaoLinear",
 }
 
+# Base layers under PEFT's `lora.Linear`, beside `nn.Linear` and subclasses that keep its forward,
+# and the function that says what one hands over, as `Fused.frozen` does.
+BASES = {
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "lora_kernels.peft.linear.dense",
+    "transformers.pytorch_utils.Conv1D": "lora_kernels.peft.linear.transposed",
+}
+
 
 def fuse(model: nn.Module, *, strict: bool = False, share_inputs: bool = True) -> Report:
     """Make every eligible PEFT LoRA layer of `model` run `lora_linear`, in place; say which are.
@@ -93,7 +100,17 @@ def fused_class(layer: Any) -> Any:
     own = wrapped_by_fsdp(type(layer))
     if issubclass(own, Fused):
         return own if "plain" in vars(own) else None
-    path = KINDS.get(f"{own.__module__}.{own.__qualname__}")
+    return registered(KINDS, own)
+
+
+def base_of(own: type) -> Any:
+    """Return the function that says what a base layer of this very type hands over, or None."""
+    return registered(BASES, own)
+
+
+def registered(table: dict[str, str], own: type) -> Any:
+    """Return what a table of paths names for a type, or None."""
+    path = table.get(f"{own.__module__}.{own.__qualname__}")
     if path is None:
         return None
     module, _, name = path.rpartition(".")

@@ -13,7 +13,7 @@ from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.problem import arch as device_arch
-from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate, validate_column
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate, validate_options
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 _ops = torch.ops.lora_kernels
@@ -78,10 +78,7 @@ def lora_linear(
                 rebuild=rebuild,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
-    if first_column is not None:
-        validate_column(first_column)
-    if rebuild is not None and not callable(rebuild):
-        raise TypeError(f"lora_linear: rebuild must be callable, got {type(rebuild).__name__}")
+    validate_options(first_column, rebuild)
     scaling, dropout_p = float(scaling), float(dropout_p)
     column = first_column if dropout_p else None
     traced = _is_traced(x, weight, lora_a, lora_b)
@@ -145,10 +142,9 @@ class _LoRALinear(torch.autograd.Function):
         rebuild = rebuild if need_dx else None
         seed = seed if own_seed else None  # nobody else holds it: it needs no watching
         joint = shared_dx.node_of(x) if need_dx and not traced else None
-        unread = None
-        if need_db and need_da and not (need_dx or traced):
-            # A that a second derivative alone reads. Saved, it could not be written to.
-            unread = lora_a, lora_a._version
+        # A that a second derivative alone reads: saved, it could not be written to.
+        alone = need_db and need_da and not (need_dx or traced)
+        unread = (lora_a, lora_a._version) if alone else None
         rest = x.shape, scaling, dropout_p, column, backend, problem
         ctx.rest = *rest, rebuild, seed, joint, unread
         return y

@@ -116,12 +116,16 @@ def _validate_seed(seed: Any, device: torch.device) -> None:
         _value_error(f"seed must be in [0, 2**63), got {seed}")
 
 
-def validate_column(column: Any) -> None:
-    """Raise TypeError or ValueError unless the mask can start at `column`."""
-    if isinstance(column, bool) or not isinstance(column, int):
-        _type_error(f"first_column must be an int or None, got {type(column).__name__}")
-    if not 0 <= column < 2**31:
-        _value_error(f"first_column must be in [0, 2**31), got {column}")
+def validate_options(first_column: Any, rebuild: Any) -> None:
+    """Raise TypeError or ValueError unless each is None or what `lora_linear` says it is."""
+    if rebuild is not None and not callable(rebuild):
+        _type_error(f"rebuild must be callable, got {type(rebuild).__name__}")
+    if first_column is None:
+        return
+    if isinstance(first_column, bool) or not isinstance(first_column, int):
+        _type_error(f"first_column must be an int or None, got {type(first_column).__name__}")
+    if not 0 <= first_column < 2**31:
+        _value_error(f"first_column must be in [0, 2**31), got {first_column}")
 
 
 def _is_number(value: Any) -> bool:

@@ -97,6 +97,13 @@ FAULTS: dict[str, tuple[Forward, str, str]] = {
         "wrong",
         "A requires a gradient and gets none",
     ),
+    "adapter detached": (
+        lambda x, w, a, b, bias, s: (
+            F.linear(x, w, bias) + (low_rank(x, a, b) * s).detach().to(x.dtype)
+        ),
+        "dead",
+        "A requires a gradient and gets none; B requires a gradient and gets none",
+    ),
     "no dx": (lambda x, *rest: lora(x.detach(), *rest), "wrong", "dx beyond the tolerance"),
     "no dx of the adapter": (
         lambda x, w, a, b, bias, s: (
@@ -215,7 +222,7 @@ def test_dead_adapters(fused: bool, reentrant: bool | None) -> None:
     assert reasons == {
         "A and B are both zero",
         "no gradient reaches its output",
-        "it was not called",
+        "it was not called, but skipped or computed past it",
     }
 
 
@@ -337,6 +344,16 @@ def test_bypassed_modules_cannot_be_judged(fused: bool, reentrant: bool | None) 
         "its adapter got gradients, but not through a call of it"
     )
     assert UP[1] in report.faults
+
+
+def test_a_layer_whose_weight_alone_is_used_is_dead() -> None:
+    model = stack()
+    fuse(model)
+    block = model.get_submodule("base_model.model.blocks.1")
+    block.forward = lambda x: x + block.down(F.linear(x, block.up.weight, block.up.bias))
+    report = run(model)
+    assert statuses(report) == {UP[1]: "dead"}
+    assert "computed past it" in report.layers[UP[1]].reason
 
 
 def test_a_layer_that_is_bypassed_beside_its_calls_has_wrong_gradients() -> None:

@@ -134,7 +134,7 @@ class _Layer:
         self.watch, self.name, self.module = watch, name, module
         self.call: _Call | None = None
         self.calls = self.tokens = 0
-        self.reached = self.alive = self.active = self.mispaired = False
+        self.reached = self.alive = self.active = self.mispaired = self.detached = False
         self.ratios: dict[str, float] = {}
         # Ordered sets of sentences.
         self.obstacles: dict[str, None] = {}
@@ -237,7 +237,7 @@ class _Layer:
 
     def _judge_gradients(self) -> bool:
         """Judge da and db; return whether there are some that nothing explains."""
-        stray, explained = False, []
+        stray, explained, missing, judged = False, [], [], 0
         for role, parameter in self.followed.values():
             gradient = self.watch.gradients[id(parameter)]
             got, expected = gradient.got, gradient.expected()
@@ -246,17 +246,22 @@ class _Layer:
             elif parameter.requires_grad and not self.obstacles and not self.mispaired:
                 ratio = min(error_ratio(got, *pair) for pair in expected)
                 self.rate(role, ratio)
+                judged += 1
                 if got is None:
-                    reason = f"{_LETTER[role]} requires a gradient and gets none"
-                    self.found[Diagnosis("wrong", reason)] = None
+                    missing.append(_LETTER[role])
                 elif ratio > 1:
                     explained.append(explain_gradient(got, *expected[0], self.parts))
+        self.detached = judged > 0 and len(missing) == judged
+        status = "dead" if self.detached else "wrong"
+        for letter in missing:
+            self.found[Diagnosis(status, f"{letter} requires a gradient and gets none")] = None
         if not self.found:
             self.found.update(dict.fromkeys(d for d in explained if d is not None))
         return stray
 
     def _undiagnosed(self) -> Iterator[Diagnosis]:
-        wrong = [result for result in RESULTS if self.ratios.get(result, 0.0) > 1]
+        gone = ("dx", "da", "db") if self.detached else ()  # with the adapter's part of dx
+        wrong = [r for r in RESULTS if r not in gone and self.ratios.get(r, 0.0) > 1]
         if wrong and not any(d.status != "dead" for d in self.found):
             yield Diagnosis("wrong", f"{', '.join(wrong)} beyond the tolerance")
 
@@ -268,7 +273,7 @@ class _Layer:
             return
         elif not self.calls:
             if not _why_unseen(self.module):
-                yield Diagnosis("dead", "it was not called")
+                yield Diagnosis("dead", "it was not called, but skipped or computed past it")
         elif self.active and not self.tokens:
             yield Diagnosis("dead", "no token reached it")
         elif self.active and not self.reached:

@@ -1,8 +1,8 @@
 """Inputs, the one tolerance rule and the checks that judge every backend: for anyone to use.
 
-`check_backend(backend, case)` runs a backend's forward and backward on poisoned memory and compares
-y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one that
-writes zeros, skips a block, drops the scaling, truncates the rank or shifts the dropout mask.
+`check_backend(backend, case)` runs a backend's forward and backward on poisoned, fenced memory and
+compares y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one
+that writes zeros, skips a block, drops the scaling, truncates the rank or shifts the dropout mask.
 `audit(model, step)` judges every LoRA layer of a whole model the same way, whoever wrote it.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
+from lora_kernels.fence import Fence
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
 from lora_kernels.ops.lora_linear.philox import keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
@@ -130,6 +131,11 @@ class Results(NamedTuple):
     da: Tensor | None
     db: Tensor | None
 
+    def copied(self) -> "Results":
+        """Return copies, made in the order of the stream: as the results are when it gets there."""
+        y, p, *gradients = self
+        return Results(y.clone(), p.clone(), *(None if g is None else g.clone() for g in gradients))
+
 
 def run_backend(backend: Backend, case: Case, inputs: Inputs) -> Results:
     """Run both directions of `case` on `inputs`."""
@@ -188,7 +194,7 @@ def tolerance(dtype: torch.dtype, reference64: Tensor, eager: Tensor) -> Tensor:
     magnitude = reference64.detach().abs().max()
     if dtype == fp64:
         return 1e-12 * magnitude
-    eager_error = (eager.detach().to("cpu", fp64) - reference64.detach()).abs().max()
+    eager_error = (eager.detach().to(reference64.device, fp64) - reference64.detach()).abs().max()
     return 2 * (eager_error + torch.finfo(eager.dtype).eps * magnitude)
 
 
@@ -200,7 +206,7 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
     Args:
         name: what is compared, for the message.
         actual: the result on trial, of any dtype.
-        reference64: the float64 result, on the CPU.
+        reference64: the float64 result, on the device that compares.
         eager: the same computation by eager PyTorch in the operands' dtype.
 
     Returns:
@@ -214,7 +220,7 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
     )
     if actual.numel() == 0:
         return 0.0
-    got = actual.detach().to("cpu", fp64)
+    got = actual.detach().to(reference64.device, fp64)
     assert got.isfinite().all(), f"{name}: {int((~got.isfinite()).sum())} elements are not finite"
     assert eager.shape == actual.shape, f"{name}: eager has shape {tuple(eager.shape)}"
     allowed = tolerance(actual.dtype, reference64, eager)
@@ -261,8 +267,10 @@ def check_backend(
         AssertionError: on the first result of wrong shape, dtype or value.
     """
     inputs, pristine = (change(make_inputs(case, device)) for _ in range(2))
-    with poisoned_memory():
+    with poisoned_memory(), Fence() as fence:
         results = run_backend(backend, case, inputs)
+    fence.check()
+    results = results.copied()  # what is written later is too late
 
     exact = pristine if is_large(case) else change(make_inputs(case))
     reference64 = expected(case, exact, fp64)
@@ -277,8 +285,8 @@ def check_backend(
             continue
         assert got is not None, f"{name} is missing in {case}"
         assert got.dtype == like.dtype, f"{name} is {got.dtype}, expected {like.dtype} in {case}"
-        right = reference64[name].cpu()
-        worst = max(worst, assert_accurate(f"{name} of {case}", got, right, eager[name]))
+        error = assert_accurate(f"{name} of {case}", got, reference64[name], eager[name])
+        worst = max(worst, error)
     return worst
 
 

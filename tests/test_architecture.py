@@ -40,7 +40,10 @@ LAYERS = (
     {f"{QUALIFY}.choose"},
     {f"{QUALIFY}.ranks"},
     {f"{QUALIFY}.record"},
-    {"lora_kernels.dispatch", "lora_kernels.extension", "lora_kernels.output", QUALIFY},
+    {
+        *(f"lora_kernels.{name}" for name in ("dispatch", "extension", "fence", "output")),
+        QUALIFY,
+    },
 )
 # Names of one layer that may know one another, the reader first.
 BESIDE = {

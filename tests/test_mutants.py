@@ -1,5 +1,8 @@
 """The shared checks pass the reference and kill every mutant of it."""
 
+import ctypes
+import threading
+
 import pytest
 import torch
 from mutants import MUTANTS, given
@@ -45,6 +48,40 @@ def test_non_finite_numbers_are_judged_where_dropout_keeps_them(
 
     with pytest.raises(AssertionError):
         check_non_finite(given(clears, "y")(BACKEND), case, value)
+
+
+@pytest.mark.parametrize("where", [0, -1], ids=["before", "behind"])
+@pytest.mark.parametrize("result", ["y", "dx"])
+def test_what_is_written_beside_a_result_is_noticed(where: int, result: str) -> None:
+    def beside(got: torch.Tensor) -> torch.Tensor:
+        new = torch.empty_like(got).copy_(got)
+        ctypes.memset(new.data_ptr() - 1 if where == 0 else new.data_ptr() + new.nbytes, 0, 1)
+        return new
+
+    def forward(call: operands.Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        y, p = BACKEND.forward(call)
+        return (beside(y) if result == "y" else y), p
+
+    def backward(call: operands.Backward) -> operands.Gradients:
+        found = BACKEND.backward(call)
+        return found._replace(dx=beside(found.dx)) if result == "dx" else found
+
+    mutant = BACKEND._replace(forward=forward, backward=backward)
+    with pytest.raises(AssertionError, match=r"written beside a new tensor of \(40, [56]0\)"):
+        check_backend(mutant, Case(40, 50, 60, 8, bf16))
+
+
+def test_a_result_that_comes_late_is_noticed() -> None:
+    """As from a launch on another stream than the caller's."""
+
+    def forward(call: operands.Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        y, p = BACKEND.forward(call)
+        late = torch.zeros_like(y)
+        threading.Timer(2e-3, late.copy_, (y,)).start()
+        return late, p
+
+    with pytest.raises(AssertionError, match=r"^y of "):
+        check_backend(BACKEND._replace(forward=forward), Case(40, 50, 60, 8, bf16))
 
 
 def test_a_scaling_that_passes_through_16_bits_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

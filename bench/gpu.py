@@ -94,12 +94,12 @@ def stages(folder: Path, *, quick: bool) -> list[Stage]:
 
     # Its record is what "auto" would obey here; kept with the results, it can be sent back.
     qualify = ["env", f"LORA_KERNELS_CACHE={folder / 'records'}", *python, "lora_kernels.qualify"]
-    qualify += ["--model", "llama-3.1-8b", "--tokens", "1", "8192", "--budget={budget}"]
+    qualify += ["--budget={budget}"]
     return [
         *first,
         sanitizer("memcheck"),
         Stage("bench", bench, 200),
-        Stage("qualify", qualify, 90, no_gpu),
+        Stage("qualify", qualify, 150, no_gpu),
         *map(sanitizer, INFORMS),
     ]
 

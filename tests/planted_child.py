@@ -3,7 +3,10 @@
 python tests/planted_child.py NAME,NAME... (then what lora_kernels.qualify.child takes)
 """
 
+import ctypes
+import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -96,6 +99,53 @@ def wrong_for_odd_m(call: Forward, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def wrong_in_the_last_row_past_128(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    if y.shape[0] > 128 and y.shape[0] % 128 == 1:
+        y[-1, 0] += 1
+    return y
+
+
+def nan_to_zero(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    return y.nan_to_num_()
+
+
+def writing_beside_y(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    new = call.x.new_empty(y.shape).copy_(y)
+    if new.numel() > 64:
+        ctypes.memset(new.data_ptr() + new.nbytes, 0, 1)
+    return new
+
+
+def coming_late(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    """As from a launch on another stream than the caller's."""
+    new = torch.full_like(y, torch.nan)
+    threading.Timer(2e-3, new.copy_, (y,)).start()
+    return new
+
+
+LEAKED: list[torch.Tensor] = []
+
+
+def leaking(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    LEAKED.append(torch.zeros(64))
+    return y
+
+
+crashing_at_import = hanging_at_import = right
+
+
+def flooding(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    print("spam " * 10**6, flush=True)
+    print("the last words", flush=True)
+    os.abort()
+
+
+def closing_all_files_and_hanging(call: Forward, y: torch.Tensor) -> torch.Tensor:
+    os.closerange(3, 64)
+    while True:
+        time.sleep(1)
+
+
 def nan_in_the_last_block_of_rows(call: Forward, y: torch.Tensor) -> torch.Tensor:
     if y.shape[0] > 64 and y.shape[0] % 64:
         y[y.shape[0] // 64 * 64 :] = torch.nan
@@ -180,7 +230,43 @@ def without_db_in_company(call: Backward, found: Gradients) -> Gradients:
     return found._replace(db=None) if threading.active_count() > 1 else found
 
 
-BACKWARD = (wrong_da_under_dropout, slow_backward, without_db_in_company)
+def wrong_db_under_dropout(call: Backward, found: Gradients) -> Gradients:
+    if call.dropout_p > 0 and found.db is not None:
+        found.db[-1, -1] += 1
+    return found
+
+
+def wrong_da_alone(call: Backward, found: Gradients) -> Gradients:
+    if call.needs == (False, True, False) and found.da is not None:
+        found.da[0, 0] += 1
+    return found
+
+
+CALLS: list[int] = []
+
+
+def another_da_in_one_of_20_calls(call: Backward, found: Gradients) -> Gradients:
+    CALLS.append(0)
+    if len(CALLS) % 20 == 0 and found.da is not None and found.da.numel():
+        found.da[0, 0] *= 1 + 1e-6
+    return found
+
+
+def changing_dy(call: Backward, found: Gradients) -> Gradients:
+    call.dy.mul_(2)
+    return found
+
+
+def hanging_backward(call: Backward, found: Gradients) -> Gradients:
+    while call.seed is not None:
+        pass
+    return found
+
+
+BACKWARD = (
+    wrong_da_under_dropout, slow_backward, without_db_in_company, wrong_db_under_dropout,
+    wrong_da_alone, another_da_in_one_of_20_calls, changing_dy, hanging_backward,
+)  # fmt: skip
 
 
 def backend(name: str) -> Backend:
@@ -188,6 +274,10 @@ def backend(name: str) -> Backend:
     defect: Callable[[Any, Any], Any] = globals()[name]
 
     def why_not(problem: Problem) -> str | None:
+        if name == "crashing_at_import":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while name == "hanging_at_import":
+            time.sleep(1)
         large = problem.m * problem.n * problem.k > 2**26
         return "only fp32, and small" if large or problem.dtype != torch.float32 else None
 
@@ -227,11 +317,19 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)  # the first such call imports for seconds
     names = sys.argv[1].split(",")
-    lingers = "lingering" in names
+    manners = {"lingering", "starting_slowly", "under_a_wild_clock", "losing_the_device"}
     planted = [
-        remembering() if name == "fast" else backend(name) for name in names if name != "lingering"
+        remembering() if name == "fast" else backend(name) for name in names if name not in manners
     ]
-    if "leaving" in names:  # between two steps
+    if "starting_slowly" in names:
+        time.sleep(3)
+    if "losing_the_device" in names and len(sys.argv) > 4:  # a backend has failed
+        print("there is no CUDA device here")
+        sys.exit(child.CRASHED)
+    if "under_a_wild_clock" in names:
+        ticks = itertools.count()
+        time.perf_counter = lambda: -float(next(ticks))
+    if "leaving" in names and "leaving" not in sys.argv[4:]:  # between two steps
         write = os.write
 
         def write_and_leave(pipe: int, line: bytes) -> int:
@@ -242,5 +340,5 @@ if __name__ == "__main__":
 
         os.write = write_and_leave
     status = child.main(sys.argv[2:], planted)
-    time.sleep(600 * lingers)
+    time.sleep(600 * ("lingering" in names))
     sys.exit(status)

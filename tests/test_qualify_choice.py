@@ -39,6 +39,7 @@ from lora_kernels.qualify.record import Record, Verdict
         ([{"backward": True}], {}, []),
         ([{"dropout": True}], {"dropout": True}, [1024]),
         ([], {}, []),
+        ([{"time_us": 50.0}, {"time_us": 60.0}], {}, [1024, 1024]),  # and so do doubles
         # Of two equally near, both speak.
         ([{"n": 2048}, {"n": 8192}], {}, [1024, 1024]),
     ],
@@ -133,9 +134,11 @@ def test_info_says_what_is_proven(
     choose.forget()
     info.main()
     report = capsys.readouterr().out
-    assert "triton: 2026-11-25: right in 88 checks, largest error 0.61" in report
+    assert "triton: proven on 2026-11-25: right in 88 checks, largest error 0.61" in report
+    assert "1.45 x the time of plain PyTorch (median)" in report
     assert "on 1 of 2 sizes" in report
-    assert "cuda: 2026-11-25: hung: speed forward: no end within 60 s" in report
+    assert "cuda: failed on 2026-11-25, hung: speed forward: no end within 60 s" in report
+    assert "to try it anew: python -m lora_kernels.qualify --force" in report
 
 
 def test_the_report_of_fuse_ends_with_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The steps that only a GPU has, run on a stand-in: they work, and planted mistakes show."""
 
 import ctypes
+import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import eager_cuda
 import pytest
 import torch
 from eager_cuda import Gpu
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_kernels import testing
 from lora_kernels.dispatch import Backend
@@ -22,12 +24,16 @@ from lora_kernels.qualify.child import attempt
 from lora_kernels.testing import fp32
 
 OPTIONS = Options(((40, 24),), (33,), (8,), ("float32",), (0.0, 0.3), "cuda", seconds=0.0)
-COMPANY = ("repeated", "side by side", "beside a busy device", "in a graph")
+COMPANY = (
+    *("repeated", "side by side", "beside a busy device", "behind others in its stream"),
+    "in a graph",
+)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(checks, "REPEATS", 3)
+    monkeypatch.setattr(checks, "HOG", 64)
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # how many a BLAS takes, which a busy machine decides, moves the bits
@@ -135,7 +141,8 @@ def test_what_is_wrong_only_in_company_is_found_there(
     assert all("y is not the same bit for bit" in found[name] for name in bad), found
     assert ways <= {way for way in COMPANY for name in bad if way in name}
     if not isinstance(defect, InTheThirdCall):
-        assert {way for way in COMPANY for name in bad if way in name} <= {*ways, "in a graph"}
+        others = {"in a graph", "behind others in its stream"}  # these are on side streams too
+        assert {way for way in COMPANY for name in bad if way in name} <= {*ways, *others}
 
 
 def test_memory_that_stays_behind_is_found(gpu: Gpu) -> None:
@@ -150,6 +157,30 @@ def test_memory_that_stays_behind_is_found(gpu: Gpu) -> None:
         assert (
             outcome == f"{record.WRONG} {checks.REPEATS * 1024} bytes are still held after 3 calls"
         )
+
+
+def test_a_stream_of_its_own_that_does_not_wait_for_the_caller_is_found(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a backend sees x as it was when all of the device was last waited for."""
+    then = WeakIdKeyDictionary()
+
+    def synchronize(device: Any = None) -> None:
+        gpu.synchronize(device)
+        then.clear()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == fp32]
+        then.update((t, t.clone()) for t in tensors)
+
+    def forward(call: Forward) -> Any:
+        gpu.launch()
+        return reference.forward(call._replace(x=then.get(call.x, call.x)))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    backend = planted(gpu, right)._replace(forward=forward)
+    found = outcomes(gpu, backend, "side by side", "behind others")
+    for name, outcome in found.items():
+        expected = "y is not the same bit for bit" if "behind others" in name else record.RIGHT
+        assert expected in outcome, found
 
 
 def far(gpu: Gpu, rows_right: int) -> Backend:

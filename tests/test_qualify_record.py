@@ -4,16 +4,20 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qualified import HERE, a_record, measured
+from qualified import HERE, PROBLEM, a_record, measured
 from qualified import own_cache as own_cache
 
-from lora_kernels.qualify import record
+from lora_kernels.qualify import __main__ as command
+from lora_kernels.qualify import choose, record
 from lora_kernels.qualify.record import Record, Unreadable, Verdict
 
 
@@ -56,6 +60,121 @@ def test_a_spoilt_file_is_a_miss_with_a_reason(spoil: Any) -> None:
     assert "\n" not in found
     with pytest.raises(Unreadable):
         record.from_json(path.read_text())
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path to every value of a JSON document, the inner nodes too."""
+    yield path
+    if not isinstance(value, (dict, list)):
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, (*path, key))
+
+
+def with_value(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    copy = dict(document) if isinstance(document, dict) else list(document)
+    copy[path[0]] = with_value(document[path[0]], path[1:], value)
+    return copy
+
+
+def test_no_value_of_a_record_makes_its_readers_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a miss with a reason, or can be read, obeyed, told and written again."""
+    kept = a_record(measured(x_graph=0.9), measured(backward=True))
+    verdict = dataclasses.replace(kept.backends["mine"], timed=("speed",), unreached=("speed x",))
+    body = json.loads(Record(HERE, {"mine": verdict}, "2026").to_json())
+    wrong = (None, True, 0, -1, 1.5, float("nan"), float("inf"), "", "a\nb", [], [1], {}, {"a": []})
+    monkeypatch.setattr(record, "SHIPPED", tmp_path)
+    unreadable = 0
+    for path in leaves(body):
+        for value in wrong:
+            text = json.dumps(with_value(body, path, value))
+            (tmp_path / "shipped.json").write_text(text)
+            record.find({**HERE, "torch": "another"})
+            try:
+                found = record.from_json(text)
+            except Unreadable:
+                unreadable += 1
+                continue
+            for backward in (False, True):
+                choose.judge(found, "mine", PROBLEM, backward)
+            list(command.table(found))
+            assert record.from_json(found.to_json()) == found
+    assert unreadable > 300
+
+
+def test_a_file_that_is_no_file_or_huge_is_a_miss_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = record.save(a_record(measured()))
+    monkeypatch.setattr(record, "_MOST_BYTES", 100)
+    assert f"{path} cannot be used: it has" in str(record.find(HERE))
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it waits for a writer
+    assert f"{path} cannot be used: it is no regular file" in str(record.find(HERE))
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+    assert "it has not been tried" in str(record.find(HERE))
+    path.unlink()
+    path.symlink_to(path)
+    assert f"{path} cannot be used: " in str(record.find(HERE))
+
+
+def test_writers_that_are_killed_leave_a_whole_record() -> None:
+    script = (
+        "from qualified import a_record, measured\n"
+        "from lora_kernels.qualify import record\n"
+        "while True:\n"
+        "    print(record.save(a_record(*[measured()] * 200)), flush=True)"
+    )
+    command_line = [sys.executable, "-c", script]
+    options = {"cwd": Path(__file__).parent, "stdout": subprocess.PIPE}
+    writers = [subprocess.Popen(command_line, **options) for _ in range(2)]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline()  # it writes by now
+    for writer in writers:
+        writer.kill()
+        writer.communicate()
+        assert isinstance(record.find(HERE), Record)
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"LORA_KERNELS_CACHE": "~/kept"}, "HOME/kept"),
+        ({"LORA_KERNELS_CACHE": "", "XDG_CACHE_HOME": "/x"}, "/x/lora_kernels"),
+        ({"XDG_CACHE_HOME": ""}, "HOME/.cache/lora_kernels"),
+        ({"XDG_CACHE_HOME": "relative"}, "HOME/.cache/lora_kernels"),
+        ({"XDG_CACHE_HOME": "~/x"}, "HOME/.cache/lora_kernels"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_where_records_are(
+    variables: dict[str, str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("LORA_KERNELS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert record.folder() == Path(folder.replace("HOME", str(tmp_path)))
+
+
+def test_a_pinned_record_may_be_at_home_and_an_empty_name_pins_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LORA_KERNELS_RECORD", "~/pinned.json")
+    pinned = a_record(measured())
+    record.save(pinned, tmp_path / "pinned.json")
+    assert record.find(HERE) == pinned
+    monkeypatch.setenv("LORA_KERNELS_RECORD", "")
+    assert record.pinned() is None  # for `ranks` too
+    assert isinstance(record.find(HERE), str)
 
 
 def test_what_cannot_be_read_at_all_is_a_miss_with_a_reason() -> None:

@@ -2,18 +2,18 @@
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lora_kernels.ops.lora_linear import BACKENDS
 from lora_kernels.output import show
-from lora_kernels.qualify import record
+from lora_kernels.qualify import choose, record
 from lora_kernels.qualify.checks import SPEED, Options
-from lora_kernels.qualify.choose import size
-from lora_kernels.qualify.parent import CHILD, Progress, listed, qualify
+from lora_kernels.qualify.parent import CHILD, Key, Progress, Steps, qualify
 from lora_kernels.qualify.record import Measured, Record, Verdict
 
 # (N, K) of the linear layers of a decoder.
@@ -23,10 +23,10 @@ MODELS = {
     "llama-3.1-70b": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
     "qwen-2.5-7b": ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)),
 }
-COMMON = ("llama-3.1-8b", "llama-3.2-1b")
-TOKENS = (16, 512, 8192)
+COMMON = ("llama-3.1-8b",)  # its sizes speak for half to twice theirs: for all of these
+TOKENS = (512, 8192)
 DTYPES = ("bfloat16", "float16", "float32")
-BUDGET_S = 300.0
+BUDGET_S = 150.0
 _MOST_UNREACHED = 8  # timings that a table names
 
 
@@ -36,30 +36,70 @@ def main(argv: list[str] | None = None, child: tuple[str, ...] = CHILD) -> int:
     Returns 0, 1 if a backend is wrong, hung or crashed, 2 if nothing could be tried or kept.
     """
     arguments = _parser().parse_args(argv)
+    known: Record | None = None
+
+    def wanted(environment: Mapping[str, Any], steps: Steps) -> list[Key]:
+        nonlocal known
+        record.prepare()
+        kept = record.kept(environment)
+        known = kept if isinstance(kept, Record) and not arguments.force else None
+        return unanswered(known, steps)
+
     try:
-        options = _options(arguments)
-        here, steps = listed(options, child)
-        if not steps:
-            raise ValueError("no kernel backend can run here; python -m lora_kernels.info says why")
-        known = record.kept(here)
-        found = None
-        if isinstance(known, Record) and not arguments.force:
-            found = known if _covers(known, steps) else None
-        if found is None:
-            progress = None if arguments.json else _bar()
-            found = qualify(options, arguments.budget, progress, child)
-            if isinstance(known, Record) and not arguments.force:
-                found = merged(known, found)
-            record.save(found)
+        progress = None if arguments.json else _bar()
+        found = qualify(_options(arguments), arguments.budget, progress, child, wanted)
+        note = "nothing new to try: this is what is known; --force forgets it and tries anew"
+        saved = True
+        if found is not None:
+            found, note, saved = _keep(found, forget=arguments.force)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"lora_kernels.qualify: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lora_kernels.qualify: interrupted, nothing of it is kept", file=sys.stderr)
         return 130
-    show([found.to_json()] if arguments.json else table(found))
+    found = found or known
+    if found is None:
+        why = "no kernel backend can run here; python -m lora_kernels.info says why"
+        print(f"lora_kernels.qualify: {why}", file=sys.stderr)
+        return 2
+    given = shlex.join(sys.argv[1:] if argv is None else argv)
+    show([found.to_json()] if arguments.json else [*table(found), *advice(found, given)])
+    if not arguments.json or not saved:
+        print(note, file=sys.stdout if saved else sys.stderr)
     fine = (record.RIGHT, record.UNTRIED)
-    return int(any(verdict.outcome not in fine for verdict in found.backends.values()))
+    failed = any(verdict.outcome not in fine for verdict in found.backends.values())
+    return int(failed) if saved else 2
+
+
+def unanswered(known: Record | None, steps: Steps) -> list[Key]:
+    """Return the steps whose outcome a record does not hold.
+
+    What failed is not tried again. What is right goes through its checks again if there are sizes
+    to time that it was not timed on, for some of the checks are of these sizes.
+    """
+    verdicts = {} if known is None else known.backends
+
+    def is_open(backend: str, name: str) -> bool:
+        verdict = verdicts.get(backend, Verdict(record.UNTRIED))
+        passed = verdict.outcome == record.RIGHT and name not in verdict.timed
+        return passed or verdict.outcome == record.UNTRIED
+
+    open_ = [(backend, name) for backend, name, _ in steps if is_open(backend, name)]
+    untimed = {backend for backend, name in open_ if name.startswith(SPEED)}
+    unproven = {b for b, _ in open_ if b not in verdicts or verdicts[b].outcome != record.RIGHT}
+    return [key for key in open_ if key[0] in untimed | unproven]
+
+
+def _keep(found: Record, *, forget: bool) -> tuple[Record, str, bool]:
+    """Write `found`, with what is known by now; return both, where they are or why nowhere."""
+    before = record.kept(found.environment)  # another run may have added to it meanwhile
+    if isinstance(before, Record) and not forget:
+        found = merged(before, found)
+    try:
+        return found, f"kept in {record.save(found)}", True
+    except OSError as error:
+        return found, f"lora_kernels.qualify: it could not be kept: {error}", False
 
 
 def merged(old: Record, new: Record) -> Record:
@@ -94,14 +134,27 @@ def table(found: Record) -> Iterator[str]:
             graph = "" if m.x_graph is None else f", {m.x_graph:.2f} in a graph"
             yield (
                 f"  {'backward' if m.backward else 'forward':8} {dtypes:16} "
-                f"{'dropout' if m.dropout else '':7} {size(m):34} {m.time_us:9.1f} us  "
+                f"{'dropout' if m.dropout else '':7} {choose.size(m):34} {m.time_us:9.1f} us  "
                 f"{m.time_us / m.frozen_us:5.2f} x frozen  "
                 f"{m.x_composition:5.2f} x composition{graph}{'  SLOWER' if m.slower else ''}"
             )
         timings = [name for name in verdict.unreached if name.startswith(SPEED)]
         yield from (f"  not reached: {name}" for name in timings[:_MOST_UNREACHED])
         if len(timings) > _MOST_UNREACHED:
-            yield f"  and {len(timings) - _MOST_UNREACHED} more; a larger --budget reaches them"
+            yield f"  not reached: {len(timings) - _MOST_UNREACHED} more"
+
+
+def advice(found: Record, given: str) -> Iterator[str]:
+    """Yield what the reader may do next, who gave the command the arguments `given`."""
+    again = f"{choose.COMMAND} {given}".rstrip()
+    verdicts = found.backends.values()
+    unreached = [name for verdict in verdicts for name in verdict.unreached]
+    if unreached:
+        cut = any(not name.startswith(SPEED) for name in unreached)
+        more = f" --budget {2 * BUDGET_S:.0f}" if cut else ""
+        yield f"to go on with the {len(unreached)} steps that were not reached: {again}{more}"
+    if any(verdict.outcome in (record.HUNG, record.CRASHED) for verdict in verdicts):
+        yield f"to try again what hung or crashed: {again} --force"
 
 
 def shapes_of(config: Path) -> list[tuple[int, int]]:
@@ -178,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dropout", nargs="+", type=_probability, default=[0.0, 0.05], metavar="P",
         help="default: 0 0.05; the mask costs the same at any other",
     )  # fmt: skip
-    budget = f"no step begins after this; most tokens are timed first; default: {BUDGET_S:.0f}"
+    budget = f"the most it may take, most tokens first, to be gone on with; default: {BUDGET_S:.0f}"
     add("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS", help=budget)
     add("--backend", nargs="+", help="only these; default: every one that needs a proof")
     add("--device", type=_device, default="cuda", help="default: cuda")
@@ -232,28 +285,18 @@ def _sizes(m: Measured) -> tuple[Any, ...]:
     return m.backward, m.dtype, m.adapter_dtype, m.dropout, m.n, m.k, m.r, m.m
 
 
-def _covers(known: Record, steps: Sequence[tuple[str, str, float]]) -> bool:
-    """Return whether a record answers all that the child would try."""
-    for backend, step, _ in steps:
-        verdict = known.backends.get(backend, Verdict(record.UNTRIED))
-        if verdict.outcome == record.UNTRIED:
-            return False
-        open_ = step.startswith(SPEED) and step not in verdict.timed
-        if verdict.outcome == record.RIGHT and open_:
-            return False
-    return True
-
-
 def _bar() -> Progress:
     try:
         from tqdm import tqdm
     except ImportError:
         return lambda done, total, name: print(f"{done + 1}/{total} {name}", flush=True)
-    bar = tqdm(unit="step", dynamic_ncols=True)
+    bars: list[tqdm[NoReturn]] = []  # none before there is a step
 
     def progress(done: int, total: int, name: str) -> None:
-        bar.total, bar.n = total, done + 1
-        bar.set_description_str(name[:60])
+        if not bars:
+            bars.append(tqdm(unit="step", dynamic_ncols=True))
+        bars[0].total, bars[0].n = total, done + 1
+        bars[0].set_description_str(name[:60])
 
     return progress
 

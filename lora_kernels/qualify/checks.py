@@ -4,8 +4,9 @@ A step is a name, a time limit and a function to run in the child; it returns th
 outcome. What is wrong raises AssertionError.
 """
 
+import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from lora_kernels.qualify.timing import measure
 from lora_kernels.testing import Case, Inputs, Results
 
 SPEED = "speed"  # how the steps begin that a budget may cut
-REPEATS = 20
+REPEATS, REPEATS_ON_CPU = 200, 20  # a GPU does hundreds in the time of everything else
+HOG, HOG_ON_CPU = 4096, 512  # rows and columns of a product that keeps a device busy
 NUMERIC_TOKENS = 1024  # enough for several blocks of rows of every tile
 
 
@@ -36,7 +38,7 @@ class Options(NamedTuple):
     dropouts: tuple[float, ...]
     device: str
     backends: tuple[str, ...] | None = None
-    seconds: float = 0.1  # of timing for one direction of one size
+    seconds: float = 0.05  # of timing for one direction of one size, eager; as much in a graph
     limit_s: float = 60.0  # of a step without progress; the first of a kind compiles
 
 
@@ -49,14 +51,16 @@ class Step(NamedTuple):
     run: Callable[[], dict[str, Any]]
 
 
+def on_trial(options: Options, backends: Sequence[Backend]) -> list[Backend]:
+    """Return those of `backends` that need a proof and are asked for."""
+    names = options.backends
+    needy = [backend for backend in backends if backend.why_not_auto is not None]
+    return [backend for backend in needy if names is None or backend.name in names]
+
+
 def steps(options: Options, backends: Sequence[Backend]) -> list[Step]:
     """List the steps, the same in every process: backend by backend, numbers before speed."""
-    device = torch.device(options.device)
-    tried = [
-        b
-        for b in backends
-        if b.why_not_auto is not None and (options.backends is None or b.name in options.backends)
-    ]
+    device, tried = torch.device(options.device), on_trial(options, backends)
     numbers = [
         Step(backend.name, name, options.limit_s, run)
         for backend in tried
@@ -94,12 +98,10 @@ _Found = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def _numbers(options: Options, backend: Backend, device: torch.device) -> Iterator[_Found]:
-    for case in testing.CASES:
-        if takes(backend, case, device):
-            yield f"numbers: {case}", partial(_error, backend, case, device)
-    for case in testing.FROZEN_CASES:
-        if takes(backend, case, device):
-            yield f"B = 0: {case}", partial(_frozen, backend, case, device)
+    for case in fitted(testing.CASES, options, backend, device):
+        yield f"numbers: {case}", partial(_error, backend, case, device)
+    for case in fitted(testing.FROZEN_CASES, options, backend, device):
+        yield f"B = 0: {case}", partial(_frozen, backend, case, device)
     for case in _company_cases(options, backend, device):
         for what, change in (("all", _zero_rows), ("half", _half_zero)):
             name = f"{what} rows of x and dy zero: {case}"
@@ -115,14 +117,31 @@ def _numbers(options: Options, backend: Backend, device: torch.device) -> Iterat
         yield "offsets past 2^31", partial(_far, backend, far, device)
 
 
+def fitted(
+    cases: Iterable[Case], options: Options, backend: Backend, device: torch.device
+) -> list[Case]:
+    """Return `cases` in each dtype that is asked for, with sizes that the backend takes.
+
+    What they are about, a subset of gradients or strides say, is no less to be seen of a backend
+    that wants other dtypes or multiples of 8. Those with loud operands are about their own dtype.
+    """
+    found: dict[Case, None] = {}
+    for case in cases:
+        for dtype in (getattr(torch, name) for name in options.dtypes):
+            if case.dtype != dtype and max(case.magnitudes) > 1:
+                continue
+            adapters = case.adapter_dtype if dtype.itemsize < 4 else None
+            same = case._replace(dtype=dtype, adapter_dtype=adapters)
+            n, k, r = (-(-size // 8) * 8 for size in case[1:4])
+            tries = same, same._replace(n=n, k=k, r=r)
+            found.update(dict.fromkeys([c for c in tries if takes(backend, c, device)][:1]))
+    return list(found)
+
+
 def _spanned(options: Options) -> Iterator[Case]:
-    """Yield what the options span, but for M: every (N, K) with many tokens, one with each M."""
-    shape = options.shapes[0]
-    many = min(max(options.tokens), NUMERIC_TOKENS)
-    cut = (case._replace(m=min(case.m, many)) for case in cases(options))
-    for case in dict.fromkeys(cut):
-        if case.m == many or (case.n, case.k) == shape:
-            yield case
+    """Yield all that is timed, with no more tokens than the numbers need: each tile is seen."""
+    cut = (case._replace(m=min(case.m, NUMERIC_TOKENS)) for case in cases(options))
+    yield from dict.fromkeys(cut)
 
 
 def _company_cases(options: Options, backend: Backend, device: torch.device) -> Iterator[Case]:
@@ -135,16 +154,10 @@ def _company_cases(options: Options, backend: Backend, device: torch.device) -> 
 
 
 def _company(options: Options, backend: Backend, device: torch.device) -> Iterator[_Found]:
-    ways = {
-        "repeated": repeated,
-        "side by side": side_by_side,
-        "beside a busy device": beside_a_hog,
-    }
-    if device.type == "cuda":
-        ways["in a graph"] = replayed
     for case in _company_cases(options, backend, device):
-        for name, run in ways.items():
-            yield f"bit for bit {name}: {case}", partial(run, backend, case, device)
+        for name, run in WAYS.items():
+            if device.type == "cuda" or run is not replayed:
+                yield f"bit for bit {name}: {case}", partial(run, backend, case, device)
 
 
 def _speed(
@@ -219,14 +232,15 @@ def check_far(backend: Backend, call: Forward) -> float:
 
 
 def repeated(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
-    """Run one call again and again; no memory may stay behind."""
+    """Run one call again and again; no memory may stay behind but what the last call needed."""
     inputs = testing.make_inputs(case, device)
     first = testing.run_backend(backend, case, inputs)
+    _assert_same(testing.run_backend(backend, case, inputs), first)
     held = _allocated(device)
-    for _ in range(REPEATS):
+    for _ in range(_repeats(device)):
         _assert_same(testing.run_backend(backend, case, inputs), first)
     leaked = _allocated(device) - held
-    assert leaked <= 0, f"{leaked} bytes are still held after {REPEATS} calls"
+    assert leaked <= 0, f"{leaked} bytes are still held after {_repeats(device)} calls"
     return {}
 
 
@@ -240,7 +254,7 @@ def side_by_side(backend: Backend, case: Case, device: torch.device) -> dict[str
     def work(each: Inputs, right: Results) -> None:
         try:
             with _stream(device):
-                for _ in range(REPEATS):
+                for _ in range(_repeats(device)):
                     _assert_same(testing.run_backend(backend, case, each), right)
         except BaseException as error:
             failed.append(error)
@@ -263,22 +277,36 @@ def beside_a_hog(backend: Backend, case: Case, device: torch.device) -> dict[str
     stop = threading.Event()
 
     def hog() -> None:
-        size = 4096 if device.type == "cuda" else 512
         with _stream(device):
-            square = torch.ones(size, size, device=device)
             while not stop.is_set():
-                for _ in range(10):
-                    torch.mm(square, square)
+                _keep_busy(device)
                 _synchronize(device)
 
     thread = threading.Thread(target=hog)
     thread.start()
     try:
-        for _ in range(REPEATS):
+        for _ in range(_repeats(device)):
             _assert_same(testing.run_backend(backend, case, inputs), alone)
     finally:
         stop.set()
         thread.join()
+    return {}
+
+
+def in_order(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
+    """Run a call on a side stream on which its inputs are only being made, and read it at once."""
+    inputs = testing.make_inputs(case, device)
+    right = testing.run_backend(backend, case, inputs)
+    late = testing.make_inputs(case, device, seed=1)._replace(seed=inputs.seed)
+    _synchronize(device)
+    with _stream(device):
+        _keep_busy(device)
+        for there, ready in zip(late, inputs, strict=True):
+            if there is not None and ready is not None:
+                there.copy_(ready)
+        read = testing.run_backend(backend, case, late).copied()
+    _synchronize(device)
+    _assert_same(read, right)
     return {}
 
 
@@ -292,7 +320,7 @@ def replayed(backend: Backend, case: Case, device: torch.device) -> dict[str, An
         with torch.cuda.graph(graph):
             results.append(testing.run_backend(backend, case, inputs))
     streams = [torch.cuda.Stream(device) for _ in graphs]
-    for _ in range(REPEATS):
+    for _ in range(_repeats(device)):
         for got in results:  # or what a replay leaves out would still be right
             for result in got:
                 if result is not None:
@@ -305,6 +333,16 @@ def replayed(backend: Backend, case: Case, device: torch.device) -> dict[str, An
         for got in results:
             _assert_same(got, right)
     return {}
+
+
+# How a call must give the same bits; the GPU tests of the backends walk them too.
+WAYS: dict[str, Callable[[Backend, Case, torch.device], dict[str, Any]]] = {
+    "repeated": repeated,
+    "side by side": side_by_side,
+    "beside a busy device": beside_a_hog,
+    "behind others in its stream": in_order,
+    "in a graph": replayed,
+}
 
 
 def _assert_same(got: Results, right: Results) -> None:
@@ -328,6 +366,22 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _keep_busy(device: torch.device) -> None:
+    """Queue products that take some milliseconds."""
+    size = HOG_ON_CPU if device.type == "cpu" else HOG
+    square = torch.ones(size, size, device=device)
+    for _ in range(10):
+        torch.mm(square, square)
+
+
+def _repeats(device: torch.device) -> int:
+    return REPEATS_ON_CPU if device.type == "cpu" else REPEATS
+
+
 def _allocated(device: torch.device) -> int:
-    """Return the bytes of all tensors on the GPU; 0 on the CPU, where nobody counts them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Return the bytes of all tensors on the GPU; on the CPU of those that Python can reach."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    storages = [t.untyped_storage() for t in found if t.layout == torch.strided]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

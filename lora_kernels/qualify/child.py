@@ -1,9 +1,10 @@
 """The process that touches the GPU: runs steps and reports each before and after it.
 
-    python -m lora_kernels.qualify.child OPTIONS.json START PIPE [BACKEND to leave out ...]
+    python -m lora_kernels.qualify.child OPTIONS.json PIPE [BACKEND to leave out ...]
 
-It writes one JSON object a line to the file descriptor PIPE: the environment and the steps, then
-for each step its beginning and its outcome. After anything but a right or a wrong result it ends,
+It writes one JSON object a line to the file descriptor PIPE: the environment, which backend it
+asks what it can run, the steps; then, for each of those whose numbers it reads as a line from its
+standard input, the beginning and the outcome. After anything but a right or a wrong result it ends,
 as its CUDA context may be beyond use; its parent starts another for the rest.
 """
 
@@ -18,15 +19,15 @@ import torch
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import BACKENDS
 from lora_kernels.qualify import record
-from lora_kernels.qualify.checks import Options, Step, steps
+from lora_kernels.qualify.checks import Options, Step, on_trial, steps
 
 CRASHED = 3  # the exit status after a step that raised
 
 
 def main(argv: Sequence[str], backends: Sequence[Backend] = BACKENDS) -> int:
-    """Run the steps from START on."""
+    """Say what there is to try, and try what is asked for."""
     options = Options(**json.loads(argv[0]))
-    start, pipe, left_out = int(argv[1]), int(argv[2]), set(argv[3:])
+    pipe, left_out = int(argv[1]), set(argv[2:])
 
     def say(**fields: Any) -> None:
         os.write(pipe, json.dumps(fields).encode() + b"\n")
@@ -40,12 +41,15 @@ def main(argv: Sequence[str], backends: Sequence[Backend] = BACKENDS) -> int:
             print(f"there is no {device} here, the last is cuda:{torch.cuda.device_count() - 1}")
             return CRASHED
         torch.cuda.set_device(device)  # what a graph captures
-    listed = steps(options, backends)
-    say(
-        environment=record.environment(device.type),
-        steps=[(step.backend, step.name, step.limit_s) for step in listed],
-    )
-    for i, step in enumerate(listed[start:], start):
+    say(environment=record.environment(device.type))
+    tried = [backend for backend in on_trial(options, backends) if backend.name not in left_out]
+    for backend in tried:
+        say(asking=backend.name)  # which may load what crashes
+        steps(options, (backend,))
+    listed = steps(options, tried)
+    say(steps=[(step.backend, step.name, step.limit_s) for step in listed])
+    for i in json.loads(sys.stdin.readline() or "[]"):
+        step = listed[i]
         if step.backend in left_out:
             continue
         say(begin=i)

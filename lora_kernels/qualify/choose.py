@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_kernels import dispatch
 from lora_kernels.qualify import ranks, record
-from lora_kernels.qualify.record import Measured, Record
+from lora_kernels.qualify.record import Measured, Record, Verdict
 
 COMMAND = "python -m lora_kernels.qualify"
 KEPT_FOR = ("cuda",)  # types of device that have a record
@@ -103,14 +103,13 @@ def nearest(measured: Sequence[Measured], problem: Any, backward: bool) -> list[
     least = min(map(distance, groups))
     near = []
     for sizes, group in groups.items():
-        if distance(sizes) == least:  # of several equally near, all have a say
-            below = [m for m in group if m.m <= problem.m]
-            above = [m for m in group if m.m > problem.m]
-            if not below and octaves(problem.m, min(m.m for m in above)) > _NEAR:
+        if math.isclose(distance(sizes), least, abs_tol=1e-9):  # of several, all have a say
+            below = max((m.m for m in group if m.m <= problem.m), default=None)
+            above = min((m.m for m in group if m.m > problem.m), default=None)
+            if below is None and octaves(problem.m, above or 0) > _NEAR:
                 return []
-            near += [max(below, key=lambda m: m.m)] if below else []
-            if above and not (below and near[-1].m == problem.m):
-                near.append(min(above, key=lambda m: m.m))
+            beside = {below} if below == problem.m else {below, above}
+            near += [m for m in group if m.m in beside]
     return near
 
 
@@ -118,12 +117,17 @@ def trust(backends: Sequence[Any], device_type: str) -> Iterator[str]:
     """Yield what this machine has shown of each of `backends` that needs a proof, a line each."""
     found = known(device_type)
     for name in (backend.name for backend in backends if backend.why_not_auto is not None):
-        if isinstance(found, str):
-            yield f"{name}: {found}"
-        elif name not in found.backends:
-            yield f"{name}: not yet tried on this machine: {COMMAND}"
-        else:
-            yield f"{name}: {found.created[:10]}: {record.summary(found.backends[name])}"
+        yield f"{name}: {found if isinstance(found, str) else _shown(found, name)}"
+
+
+def _shown(found: Record, name: str) -> str:
+    verdict, day = found.backends.get(name, Verdict(record.UNTRIED)), found.created[:10]
+    if verdict.outcome == record.RIGHT:
+        return f"proven on {day}: {record.summary(verdict)}"
+    if verdict.outcome == record.UNTRIED:
+        why = f" ({verdict.detail})" if verdict.detail else ""
+        return f"not yet tried on this machine{why}: {COMMAND}"
+    return f"failed on {day}, {record.summary(verdict)}; to try it anew: {COMMAND} --force"
 
 
 def size(measured: Measured) -> str:

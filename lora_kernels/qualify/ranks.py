@@ -12,7 +12,6 @@ rank could be missing from.
 
 import contextlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
@@ -48,7 +47,7 @@ def agreed(own: Record | str, here: Mapping[str, Any]) -> Record | str:
             message says what to do.
     """
     rank = torch.distributed.get_rank()
-    pinned = "LORA_KERNELS_RECORD" in os.environ
+    pinned = record.pinned() is not None
     if pinned and rank != 0:
         return own
     text = own.to_json() if isinstance(own, Record) else None

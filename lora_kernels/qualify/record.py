@@ -13,6 +13,8 @@ import json
 import math
 import os
 import platform
+import stat
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,6 +29,7 @@ import torch
 SCHEMA = 1
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = PACKAGE / "records"
+_MOST_BYTES = 1 << 26  # a thousand times what a record has
 _SOURCES = ("ops/lora_linear/*.py", "ops/lora_linear/triton/*.py")
 
 RIGHT, WRONG, HUNG, CRASHED, MEMORY, UNTRIED = (
@@ -91,14 +94,18 @@ def summary(verdict: Verdict) -> str:
     """Return a verdict in a line."""
     if verdict.outcome != RIGHT:
         return f"{verdict.outcome}{': ' * bool(verdict.detail)}{verdict.detail}"
-    good = sum(not measured.slower for measured in verdict.measured)
-    unreached = len(verdict.unreached)
-    return (
-        f"right in {verdict.checks} checks, largest error {verdict.worst_error:.2f} of the "
-        f"tolerance; not slower than the composition on {good} of {len(verdict.measured)} sizes"
-        + f"; {unreached} more were not reached in the budget"
-        * bool(unreached)
-    )
+    error = f"{verdict.worst_error:.2f} of the tolerance"
+    text = f"right in {verdict.checks} checks, largest error {error}"
+    if verdict.measured:
+        good = sum(not size.slower for size in verdict.measured)
+        usual = statistics.median(size.x_composition for size in verdict.measured)
+        text += (
+            f"; {usual:.2f} x the time of plain PyTorch (median), not slower on {good} of "
+            f"{len(verdict.measured)} sizes"
+        )
+    if verdict.unreached:
+        text += f"; {len(verdict.unreached)} more were not reached in the budget"
+    return text
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,10 @@ def from_json(text: str) -> Record:
             raise Unreadable("its digest is not that of its environment")
         backends = {}
         for name, entry in body["backends"].items():
-            measured = tuple(map(_measured, entry.pop("measured")))
+            sizes = tuple(map(measured, entry.pop("measured")))
             names = {key: tuple(map(str, entry.pop(key))) for key in ("timed", "unreached")}
             verdict = _typed(Verdict, entry)
-            backends[name] = dataclasses.replace(verdict, measured=measured, **names)
+            backends[name] = dataclasses.replace(verdict, measured=sizes, **names)
         return Record(environment, backends, str(body["created"]))
     except Unreadable:
         raise
@@ -160,7 +167,8 @@ def _typed(kind: Any, fields: Mapping[str, Any]) -> Any:
     return built
 
 
-def _measured(fields: Mapping[str, Any]) -> Measured:
+def measured(fields: Mapping[str, Any]) -> Measured:
+    """Build a measurement; raise TypeError or ValueError for what cannot be one."""
     built: Measured = _typed(Measured, fields)
     if built.x_graph is not None and type(built.x_graph) is not float:
         raise TypeError(f"x_graph is {built.x_graph!r}")
@@ -256,7 +264,8 @@ def folder() -> Path:
     """
     if path := os.environ.get("LORA_KERNELS_CACHE"):
         return Path(path).expanduser()
-    if path := os.environ.get("XDG_CACHE_HOME"):
+    path = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(path):  # else it is to be ignored, says the specification
         return Path(path) / "lora_kernels"
     if sys.platform == "win32" and (path := os.environ.get("LOCALAPPDATA")):
         return Path(path) / "lora_kernels"
@@ -287,14 +296,31 @@ def save(record: Record, path: Path | None = None) -> Path:
     return path
 
 
+def prepare() -> None:
+    """See that records can be kept, before minutes are spent on finding one.
+
+    Raises:
+        OSError, RuntimeError: there is no place to write to.
+    """
+    folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder(), suffix=".tmp"):
+        pass
+
+
+def pinned() -> Path | None:
+    """Return the file that `LORA_KERNELS_RECORD` names, if it names one."""
+    path = os.environ.get("LORA_KERNELS_RECORD")
+    return Path(path).expanduser() if path else None
+
+
 def find(here: Mapping[str, Any]) -> Record | str:
     """Return the record for the environment `here`, or why there is none.
 
     Raises:
         RuntimeError: `LORA_KERNELS_RECORD` pins a file that cannot serve here.
     """
-    if pinned := os.environ.get("LORA_KERNELS_RECORD"):
-        return _pinned(Path(pinned), here)
+    if (path := pinned()) is not None:
+        return _pinned(path, here)
     record = kept(here)
     if isinstance(record, Record):
         return record
@@ -316,6 +342,11 @@ def kept(here: Mapping[str, Any]) -> Record | str:
 
 def _read(path: Path) -> Record | str:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return f"{path} cannot be used: it is no regular file"
+        if status.st_size > _MOST_BYTES:
+            return f"{path} cannot be used: it has {status.st_size} bytes"
         return from_json(path.read_text())
     except FileNotFoundError:
         return "it has not been tried on this machine"
@@ -340,8 +371,8 @@ def _shipped_for(here: Mapping[str, Any], path: Path) -> Record | None:
     """Return what a record from elsewhere says of this machine too: the same kernels, the same
     kind of GPU, the same minor version of the compiler; of a compiled backend, the same binary."""
 
-    def minor(version: str | None) -> list[str]:
-        return (version or "").split(".")[:2]
+    def minor(version: Any) -> list[str]:
+        return str(version).split(".")[:2]
 
     record = _read(path)
     if not isinstance(record, Record):

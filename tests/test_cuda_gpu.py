@@ -1,8 +1,5 @@
 """The CUDA backend on a Hopper GPU: numbers, repeats, streams, graphs, launches, far offsets."""
 
-import itertools
-from collections.abc import Iterable
-
 import pytest
 import torch
 from cuda_cases import CASES, FP32_CASES
@@ -10,10 +7,9 @@ from cuda_cases import CASES, FP32_CASES
 from bench.forced import CASES as FORCED
 from bench.gpu import MANY_ITEMS
 from lora_kernels.ops.lora_linear import Problem, cuda
-from lora_kernels.qualify.checks import check_far, far_call
+from lora_kernels.qualify.checks import WAYS, check_far, far_call
 from lora_kernels.testing import (
     Case,
-    Results,
     bf16,
     check_backend,
     fp16,
@@ -45,14 +41,6 @@ def _needs_hopper() -> None:
         pytest.skip(reason)
 
 
-def run(case: Case, seed: int = 0) -> Results:
-    return run_backend(cuda.BACKEND, case, make_inputs(case, "cuda", seed))
-
-
-def same(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
 @pytest.mark.parametrize("case", [*CASES, *FP32_CASES, *FORCED, *LARGE, MANY_ITEMS, BUSY], ids=str)
 def test_numbers(case: Case) -> None:
     if reason := cuda.why_not(case.problem("cuda", 90)):
@@ -64,46 +52,17 @@ def test_a_seed_on_the_device_gives_the_same_mask() -> None:
     call = make_inputs(BUSY, "cuda").forward(BUSY)
     seed = torch.tensor([3 + 2**40])
     results = [cuda.forward(call._replace(seed=s)) for s in (seed, seed.cuda())]
-    assert same(*results)
+    assert all(map(torch.equal, *results))
 
 
-def test_repeats_agree_bit_for_bit() -> None:
-    first = run(BUSY)
-    assert all(same(first, run(BUSY)) for _ in range(50))
-
-
-def test_streams_side_by_side_agree_with_one_alone() -> None:
-    alone = [run(BUSY, seed) for seed in range(4)]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in alone]
-    results = list(alone)
-    for _, (i, stream) in itertools.product(range(10), enumerate(streams)):
-        with torch.cuda.stream(stream):
-            results[i] = run(BUSY, i)
-    torch.cuda.synchronize()
-    assert all(same(*pair) for pair in zip(alone, results, strict=True))
-
-
-def test_two_graphs_replay_at_once() -> None:
-    cases = [BUSY, BUSY._replace(m=3000, dropout_p=0.0)]
-    alone = [run(case) for case in cases]
-    graphs, results = [], []
-    for case in cases:
-        inputs, graph = make_inputs(case, "cuda"), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append(run_backend(cuda.BACKEND, case, inputs))
-        graphs.append((graph, inputs))  # what it reads must live
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _, (graph, stream) in itertools.product(range(10), zip(graphs, streams, strict=True)):
-        with torch.cuda.stream(stream):
-            graph[0].replay()
-    torch.cuda.synchronize()
-    assert all(same(*pair) for pair in zip(alone, results, strict=True))  # type: ignore[arg-type]
+@pytest.mark.parametrize("way", WAYS)
+def test_bit_for_bit(way: str) -> None:
+    WAYS[way](cuda.BACKEND, BUSY, torch.device("cuda"))
 
 
 def test_one_kernel_per_direction() -> None:
-    run(BUSY)
     inputs = make_inputs(BUSY, "cuda")
+    run_backend(cuda.BACKEND, BUSY, inputs)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run_backend(cuda.BACKEND, BUSY, inputs)

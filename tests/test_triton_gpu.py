@@ -9,6 +9,7 @@ from bench.forced import CASES as FORCED
 from bench.forced import FEW_CTAS, every_tile, forced
 from bench.providers import problem
 from lora_kernels.ops.lora_linear import triton as backend
+from lora_kernels.qualify.checks import WAYS
 from lora_kernels.testing import CASES, Case, bf16, check_backend, make_inputs, run_backend
 
 pytestmark = pytest.mark.gpu
@@ -58,23 +59,10 @@ def test_repeats_are_bitwise_equal_on_two_streams_and_few_ctas(
             assert all(map(torch.equal, got, itertools.chain(*right)))
 
 
-def test_two_graphs_of_one_layer_replay_at_once() -> None:
-    run = Run(Case(1000, 1024, 768, 24, bf16), 0)
-    right = run()
-    graphs, results = [], []
-    for _ in range(2):
-        graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
-            results.append(run())
-    streams = [torch.cuda.Stream() for _ in graphs]
-    torch.cuda.synchronize()
-    for _ in range(200):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        run()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for got in results for a, b in zip(got, right, strict=True))
+@pytest.mark.parametrize("way", WAYS)
+def test_bit_for_bit(way: str) -> None:
+    case = Case(1000, 1024, 768, 24, bf16, dropout_p=0.1)
+    WAYS[way](backend.BACKEND, case, torch.device("cuda"))
 
 
 def test_one_kernel_per_direction_and_no_memset() -> None:

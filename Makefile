@@ -48,12 +48,15 @@ bench: $(READY)  ## Measure LoRA on this machine, against PEFT and plain PyTorch
 	$(RUN) -m bench $(if $(K),-k "$(K)")
 
 bench-compare: $(READY)  ## Fail if this tree is slower than BASE, a results file or a commit.
+	@test -n '$(BASE)' || { echo 'make bench-compare: name what to compare with, BASE=...' >&2; exit 2; }
 	$(RUN) -m bench.compare $(BASE) $(NEW) $(if $(K),-k "$(K)")
 
 gpu:  ## On a GPU machine, offline: build, find what is broken, test, benchmark; all goes to RESULTS.
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo 'make $@: $(PYTHON) has no PyTorch; name one that has, PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m bench.gpu $(RESULTS)
 
 gpu-quick:  ## On a GPU machine, offline: build, find what is broken and test, in four minutes.
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo 'make $@: $(PYTHON) has no PyTorch; name one that has, PYTHON=...' >&2; exit 2; }
 	$(PYTHON) -m bench.gpu $(RESULTS) --quick
 
 clean:  ## Remove what the commands above made.

@@ -26,14 +26,14 @@ GATE_ROWS, GATE_FEATURES = 300, 512
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, one line for each case and direction, as it is measured."""
+    """Print the table as it is measured; return 0, or 1 if there is nothing in it."""
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--budget", type=float, default=300, help="seconds (default: 300)")
     parser.add_argument("--seconds", type=float, default=0.3, help="timing per direction")
     parser.add_argument("--table", choices=sorted(TABLES), default="gpu")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    deadline = time.monotonic() + options.budget
+    deadline, timed = time.monotonic() + options.budget, 0
     print("TUNED = {  # (arch, M, N, K, R, itemsize, backward, TF32): × frozen, and the rule's")
     for bench_case in TABLES[options.table]:
         if time.monotonic() > deadline:
@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             break
         for line in tune(bench_case, device, options.seconds):
             print(f"    {line}", flush=True)
+            timed += not line.startswith("#")
     print("}")
-    return 0
+    if not timed:
+        print("bench.tune: error: no candidate could be timed here", file=sys.stderr)
+    return int(not timed)
 
 
 def tune(bench_case: BenchCase, device: torch.device, seconds: float) -> Iterator[str]:

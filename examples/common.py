@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -29,6 +30,19 @@ def fail(message: object, status: int = 1) -> NoReturn:
     if status != 2 or parallel.RANK == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an example; a person who stops it is told so in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says, without its line breaks and not for ever."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 class Parser(argparse.ArgumentParser):
@@ -163,7 +177,7 @@ def load_model(args: argparse.Namespace, in_4bit: bool = False) -> tuple[nn.Modu
             model = _quantised(model, args.dtype)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
-        fail(f"argument --model: cannot load {name}: {str(error).splitlines()[0]}", status=2)
+        fail(f"argument --model: cannot load {name}: {_one_line(error)}", status=2)
     limit = getattr(model.config, "max_position_embeddings", args.length)
     if args.length > limit:
         fail(f"argument --length: the model takes at most {limit}, got {args.length}", status=2)
@@ -218,7 +232,7 @@ def add_adapters(model: nn.Module, args: argparse.Namespace, dropout: float = 0.
             ),
         )
     except ValueError as error:
-        fail(f"argument --targets: {str(error).splitlines()[0]}", status=2)
+        fail(f"argument --targets: {_one_line(error)}", status=2)
 
 
 def split(tokenizer: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:

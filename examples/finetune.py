@@ -323,4 +323,4 @@ def draw(plain: Run, fused: Run, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

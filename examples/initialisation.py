@@ -116,4 +116,4 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,5 +1,6 @@
 """`python -m lora_kernels.info`: versions, GPUs, and which backend runs what here, or why not."""
 
+import argparse
 import platform
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from lora_kernels.qualify import choose
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the report; return 0, or 2 if a pinned record cannot serve here."""
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels.info", description=__doc__)
+    parser.parse_args(argv)
     try:
         show(_report())
     except RuntimeError as error:

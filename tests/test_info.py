@@ -12,7 +12,7 @@ from lora_kernels.qualify import choose
 
 
 def test_the_report_has_a_row_for_each_combination(capsys: pytest.CaptureFixture[str]) -> None:
-    info.main()
+    info.main([])
     report = capsys.readouterr().out
     header = next(line for line in report.splitlines() if "dropout" in line)
     assert header.split()[-len(BACKENDS) :] == [backend.name for backend in BACKENDS]
@@ -40,7 +40,7 @@ def test_a_pinned_record_that_cannot_serve_is_one_line(
     monkeypatch.setenv("LORA_KERNELS_RECORD", "nowhere.json")
     choose.forget()
     try:
-        assert info.main() == 2
+        assert info.main([]) == 2
     finally:
         choose.forget()
     said = capsys.readouterr()

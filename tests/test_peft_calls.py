@@ -132,6 +132,13 @@ def test_strict_takes_all_or_nothing() -> None:
     assert len(fuse(model).fused) == 1
 
 
+def test_strict_wants_something_to_fuse() -> None:
+    with pytest.raises(NotFused, match="the model has no PEFT layer"):
+        fuse(nn.Linear(2, 2), strict=True)
+    with pytest.raises(TypeError, match=r"fuse takes an nn\.Module"):
+        fuse(None)  # type: ignore[arg-type]
+
+
 def test_strict_names_how_many_more() -> None:
     model = peft_model()
     for layer in (model.base_model.model.up, model.base_model.model.down):

@@ -124,7 +124,7 @@ def test_info_says_what_is_proven(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(record, "environment", lambda device_type: dict(HERE))
-    info.main()
+    info.main([])
     assert "triton: it has not been tried on this machine: python -m" in capsys.readouterr().out
     verdicts = {
         "triton": Verdict(record.RIGHT, "", 88, 0.61, (measured(), measured(time_us=200))),
@@ -132,7 +132,7 @@ def test_info_says_what_is_proven(
     }
     record.save(Record(HERE, verdicts, "2026-11-25T12:00:00+00:00"))
     choose.forget()
-    info.main()
+    info.main([])
     report = capsys.readouterr().out
     assert "triton: proven on 2026-11-25: right in 88 checks, largest error 0.61" in report
     assert "1.45 x the time of plain PyTorch (median)" in report

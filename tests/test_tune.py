@@ -37,8 +37,10 @@ def test_tuning_prints_a_table_and_leaves_out_what_is_wrong(monkeypatch: Any, ca
     }
     assert first not in [tile for key, tile in table.items() if not key[-2]]
     monkeypatch.setattr(tune.triton, "pick", tune.pick)
-    tune.main(["--table", "smoke", "--budget", "-1"])
-    assert "# no time left from smoke" in capsys.readouterr().out
+    assert tune.main(["--table", "smoke", "--budget", "-1"]) == 1
+    printed = capsys.readouterr()
+    assert "# no time left from smoke" in printed.out
+    assert printed.err == "bench.tune: error: no candidate could be timed here\n"
 
 
 @pytest.mark.parametrize("bench_case", TABLES["gpu"][:8], ids=lambda c: c.name)

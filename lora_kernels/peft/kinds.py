@@ -50,8 +50,11 @@ def fuse(model: nn.Module, *, strict: bool = False, share_inputs: bool = True) -
             products, where that saves time; the sum is rounded where autograd's is, or less often.
 
     Raises:
-        NotFused: strict, and a layer is not eligible; nothing was changed.
+        NotFused: strict, and a layer is not eligible, or there is none; nothing was changed.
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse takes an nn.Module, got {type(model).__name__}")
     fused, not_fused = {}, {}
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
@@ -65,6 +68,8 @@ def fuse(model: nn.Module, *, strict: bool = False, share_inputs: bool = True) -
         name, reason = next(iter(not_fused.items()))
         rest = f", and {len(not_fused) - 1} more" if len(not_fused) > 1 else ""
         raise calls.NotFused(f"fuse(strict=True): {name} cannot be fused: {reason}{rest}")
+    if strict and not fused:
+        raise calls.NotFused("fuse(strict=True): the model has no PEFT layer")
     for layer in fused.values():
         layer.__class__ = rewrapped(type(layer), fused_class(layer))
     counts = {name: calls.watch(layer, strict) for name, layer in fused.items()}

@@ -182,6 +182,16 @@ Table::Table() {
   add_wgmma(*this);
 }
 
+void Table::add(const std::string& opcode, Family decode) {
+  if (!exact_.emplace(opcode, std::move(decode)).second)
+    throw std::logic_error("opcode " + opcode + " is listed twice");
+}
+
+void Table::family(const std::string& mnemonic, Family decode) {
+  if (!families_.emplace(mnemonic, std::move(decode)).second)
+    throw std::logic_error("family " + mnemonic + " is listed twice");
+}
+
 const Table& Table::instance() {
   static const Table table;
   return table;

@@ -172,10 +172,9 @@ class Table {
  public:
   static const Table& instance();
 
-  void add(const std::string& opcode, Family decode) { exact_.emplace(opcode, std::move(decode)); }
-  void family(const std::string& mnemonic, Family decode) {
-    families_.emplace(mnemonic, std::move(decode));
-  }
+  // A second one of the same name is an error.
+  void add(const std::string& opcode, Family decode);
+  void family(const std::string& mnemonic, Family decode);
   void decode(const Statement& statement, Instruction& made, Layout& layout) const;
 
  private:

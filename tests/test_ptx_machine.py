@@ -230,6 +230,26 @@ def test_a_program_with_statements_doubled_still_branches_where_it_did() -> None
     assert (out == 8).all()  # in twos
 
 
+@pytest.mark.parametrize(
+    ("behind", "order", "target"),
+    [
+        ({1: 2}, [0, 2, 1, 3, 4], 1),
+        ({0: 2, 1: 2}, [2, 0, 1, 3, 4], 0),
+        ({2: 4}, [0, 1, 3, 4, 2], 1),
+        ({2: 0, 3: 0}, [0, 2, 3, 1, 4], 3),
+    ],
+)
+def test_a_branch_goes_on_to_where_a_statement_was_that_now_comes_behind_another(
+    behind: dict[int, int], order: list[int], target: int
+) -> None:
+    kernel = program("abs.s32 %r5, 1; again: not.b32 %r6, 2; neg.s32 %r5, %r5; bra again;")
+    moved = kernel.moved(behind)
+    opcodes = [statement.opcode for statement in kernel.statements]
+    assert [statement.opcode for statement in moved.statements] == [opcodes[i] for i in order]
+    (branch,) = (statement for statement in moved.statements if statement.opcode == "bra")
+    assert branch.operands[0][0][0][:2] == ("l", target)
+
+
 def test_lanes_that_never_meet_are_reported() -> None:
     body = """
     mov.u32 %r0, %laneid;

@@ -61,6 +61,7 @@ ANYWHERE = {
     "a release is relaxed",
     "an acquire is relaxed",
     "a store is removed",
+    "a store comes after its release",
     "a product is left out",
 }
 EVERYWHERE = {

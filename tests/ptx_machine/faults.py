@@ -8,6 +8,7 @@ from ptx_machine.launch import Wrong
 from ptx_machine.parse import Kernel, Operand, Statement
 
 Change = dict[str, Any]
+NEAR = 30  # statements
 _ARITHMETIC = re.compile(r"(mov|add|sub|mul|mad|and|or|xor|not|shl|shr|setp|selp|cvt|bra)\b")
 
 
@@ -15,11 +16,13 @@ class Fault(NamedTuple):
     """A kind of fault: what it does to a statement, or None where it does not apply.
 
     A `joint` one strikes neighbours together: of waits side by side each may stand for the others.
+    One with `behind` lets a statement come late: after a near one whose opcode that is.
     """
 
     name: str
     change: Callable[[Statement], Change | None]
     joint: bool = False
+    behind: str = ""
 
     def places(self, kernel: Kernel, executed: set[int]) -> list[list[int]]:
         """Return the executed statements that it applies to, neighbours in one place."""
@@ -34,15 +37,35 @@ class Fault(NamedTuple):
 
     def sites(self, kernel: Kernel, executed: set[int]) -> list[int]:
         """Return the executed statements that it applies to."""
-        return [i for i in sorted(executed) if self.change(kernel.statements[i]) is not None]
+        return [
+            i
+            for i in sorted(executed)
+            if self.change(kernel.statements[i]) is not None
+            and (not self.behind or self._overtaking(kernel, i) >= 0)
+        ]
 
     def plant(self, kernel: Kernel, sites: Iterable[int]) -> Kernel:
         """Return the program with the fault in these places."""
+        if self.behind:
+            return kernel.moved({site: self._overtaking(kernel, site) for site in sites})
         for site in sites:
             change = self.change(kernel.statements[site])
             assert change is not None
             kernel = kernel.replaced(site, **change)
         return kernel
+
+    def _overtaking(self, kernel: Kernel, site: int) -> int:
+        """Return behind which near statement the one at `site` is to come, or -1."""
+        at = site
+        for _ in range(NEAR):
+            statement = kernel.statements[at]
+            leaves = statement.opcode.startswith("bra") and statement.guard < 0
+            at = statement.operands[0][0][0][1] if leaves else at + 1
+            if at >= len(kernel.statements):
+                break
+            if re.fullmatch(self.behind, kernel.statements[at].opcode):
+                return at
+        return -1
 
 
 def removed(pattern: str) -> Callable[[Statement], Change | None]:
@@ -54,6 +77,11 @@ def removed(pattern: str) -> Callable[[Statement], Change | None]:
         return {"opcode": "nop", "operands": ()}
 
     return change
+
+
+def _as_it_is(pattern: str) -> Callable[[Statement], Change | None]:
+    """Choose the statements whose opcode `pattern` is."""
+    return lambda statement: {} if re.fullmatch(pattern, statement.opcode) else None
 
 
 def _renamed(pattern: str, new: str) -> Callable[[Statement], Change | None]:
@@ -180,7 +208,7 @@ def _long_step(statement: Statement) -> Change | None:
 
 def _known_flag(statement: Statement) -> Change | None:
     """Let a load of a flag find it raised."""
-    if not statement.opcode.startswith("ld.global.gpu.acquire."):
+    if not re.match(r"ld\.(global\.gpu\.acquire|relaxed\.gpu\.global)\.", statement.opcode):
         return None
     return {"opcode": "mov.b32", "operands": (statement.operands[0], immediate(1 << 20))}
 
@@ -211,6 +239,12 @@ def _unmasked(mask: int) -> int:
     """Return a mask that keeps bits 18 and up, where it cuts an address for a descriptor."""
     return mask | ~0x3FFFF if 0x3C000 <= mask <= 0x3FFFF else mask
 
+
+# What hands data to other CTAs, and what says that it is there.
+_STORE = (
+    r"st\.global\..*|cp\.async\.bulk\.tensor\..*\.global\.shared.*|cp\.async\.bulk\.commit_group"
+)
+_RELEASE = r"(?:atom|red)\.global\.gpu\.(?:release|acq_rel)\.add.*|red\.relaxed\.gpu\.global\.add.*"
 
 # Faults in how data moves and who waits for it.
 FAULTS = (
@@ -258,7 +292,13 @@ FAULTS = (
         "read stands for written",
         _renamed(r"^cp\.async\.bulk\.wait_group$", "cp.async.bulk.wait_group.read"),
     ),
-    Fault("a store is removed", removed(r"st\.global\..*")),
+    Fault("a store is removed", removed(r"st\.(relaxed\.gpu\.)?global\..*")),
+    Fault("a store comes after its release", _as_it_is(_STORE), joint=True, behind=_RELEASE),
+    Fault(
+        "a store is awaited after its release",
+        _as_it_is(r"cp\.async\.bulk\.wait_group"),
+        behind=_RELEASE,
+    ),
     Fault("an addition is removed", removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
     Fault("a group of cp.async is never closed", removed(r"cp\.async\.commit_group")),
     Fault("a flag is not waited for", _known_flag),

@@ -1,8 +1,8 @@
 """PTX text to statements: labels, scopes, registers and symbols resolved, opcodes left as text."""
 
 import bisect
-import itertools
 import re
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,22 +64,39 @@ class Kernel:
 
     def doubled(self, sites: set[int]) -> "Kernel":
         """Return a copy in which the statements at `sites` stand twice."""
-        # Where a statement goes; a branch to one that is doubled goes to the first of the two.
-        places = [0, *itertools.accumulate(1 + (i in sites) for i in range(len(self.statements)))]
+        return self._ordered(
+            i for i in range(len(self.statements)) for _ in range(1 + (i in sites))
+        )
 
-        def moved(statement: Statement) -> Statement:
+    def moved(self, behind: dict[int, int]) -> "Kernel":
+        """Return a copy in which each statement that `behind` names comes behind another, by index.
+
+        A branch to one of them goes to what follows where it was.
+        """
+        order = [
+            each
+            for i in range(len(self.statements))
+            for each in (*([i] if i not in behind else []), *(s for s in behind if behind[s] == i))
+        ]
+        return self._ordered(order, behind)
+
+    def _ordered(self, order: Iterable[int], moved: Container[int] = ()) -> "Kernel":
+        statements, places = [], []  # where a branch to a statement goes now
+        for i in order:
+            if i not in moved:
+                places += [len(statements)] * (i + 1 - len(places))
+            statements.append(self.statements[i])
+        places += [len(statements)] * (len(self.statements) + 1 - len(places))
+
+        def led(statement: Statement) -> Statement:
             operands = tuple(
                 (tuple((k, places[v] if k == "l" else v, n) for k, v, n in parts), *rest)
                 for parts, *rest in statement.operands
             )
-            return replace(statement, operands=operands)
+            changed = operands != statement.operands
+            return replace(statement, operands=operands) if changed else statement
 
-        doubled = [
-            moved(statement)
-            for i, statement in enumerate(self.statements)
-            for _ in range(1 + (i in sites))
-        ]
-        return replace(self, statements=doubled)
+        return replace(self, statements=list(map(led, statements)))
 
 
 def parse(text: str, entry: str | None = None) -> Kernel:

@@ -13,7 +13,7 @@ from cuda_cases import CASES as CUDA_CASES
 from cuda_cases import FP32_CASES, SUBSETS, check
 from ptx_machine import build, cuda_backend
 from ptx_machine.faults import COMPUTED, FAULTS, Fault, study
-from ptx_machine.machine import Machine, dirty_words
+from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel
 
 from lora_kernels.dispatch import Backend
@@ -71,7 +71,6 @@ def judge(on: On, case: Case) -> None:
         for name, one, other in zip(results._fields, first, results, strict=True):
             if one is not None and other is not None:
                 assert torch.equal(one, other), f"{name} depends on the order of events in {case}"
-        assert dirty_words() == 0, "the workspace must be zero between launches"
 
 
 def study_faults(
@@ -91,10 +90,6 @@ def study_faults(
         covered.append((case, run.executed()))
     assert kernel is not None
 
-    def check(machine: Machine, case: Case) -> None:
-        check_backend(on(machine), case)
-        assert dirty_words() == 0, "the workspace is not zero again"
-
     def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
         sites = {i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i]}
         for case in (case for case, executed in covered if sites & executed):
@@ -105,15 +100,40 @@ def study_faults(
                     limit=3_000_000,
                     edit=lambda k: faulty if k is kernel else k,
                 )
-                yield lambda machine=machine, case=case: check(machine, case)
+                yield lambda machine=machine, case=case: check_backend(on(machine), case)
 
     noticed: dict[str, list[bool]] = {}
     executed = set().union(*(executed for _, executed in covered))
     for planted in study(kernel, executed, attempts, faults, 6 if SWEEP else 2):
         noticed.setdefault(planted.fault.name, []).append(bool(planted.noticed))
-        dirty_words()  # what the fault has left there
         print(planted)
     return noticed
+
+
+# Faults that no place may hide: above all in what one CTA hands to another.
+ANYWHERE = {
+    "A is read transposed",
+    "B is read transposed",
+    "half of the bytes are expected",
+    "a product waits for a group less",
+    "wgmma.fence is removed",
+    "an mbarrier is not waited for",
+    "a flag is not waited for",
+    "a store is removed",
+    "a store comes after its release",
+    "a store is awaited after its release",
+    "a release is relaxed",
+    "a release is for the own CTA",
+    "an acquire is relaxed",
+    "an addition is removed",
+}
+
+
+def require_noticed(noticed: dict[str, list[bool]]) -> None:
+    """Assert that at least twelve kinds of fault were noticed, and those of ANYWHERE everywhere."""
+    assert sum(map(any, noticed.values())) >= 12, noticed
+    assert "a store comes after its release" in noticed
+    assert not [name for name, places in noticed.items() if name in ANYWHERE and not all(places)]
 
 
 # --- CUDA C++ -------------------------------------------------------------------------------------
@@ -150,23 +170,26 @@ def test_b_zero_is_the_frozen_layer_in_cuda(case: Case) -> None:
     check_frozen(cuda_backend.on(Machine()), case)
 
 
-# Contractions longer than the ring of four stages, tiles of more than the two store panels.
+# Contractions longer than the ring of four stages, and whose last stage holds more than half a
+# slice; tiles of more than the two store panels; ranks of one tile and of several; and so many
+# blocks of rows that they form several groups and their flags are cleared in several turns.
 FAULTY = {
     "forward": (
-        Case(264, 328, 328, 24, bf16, bias=True),
-        Case(136, 328, 328, 136, bf16, dropout_p=0.25),
+        Case(280, 344, 344, 24, bf16, bias=True),
+        Case(136, 344, 344, 136, bf16, dropout_p=0.25),
+        Case(2200, 264, 264, 8, bf16),
     ),
     "backward": (
-        Case(136, 328, 328, 24, bf16),
-        Case(264, 328, 328, 24, bf16, dropout_p=0.25),
+        Case(280, 344, 344, 72, bf16),
+        Case(280, 344, 344, 24, bf16, dropout_p=0.25),
+        Case(2200, 264, 264, 8, bf16),
     ),
 }
 
 
 @pytest.mark.parametrize("direction", FAULTY)
 def test_faults_planted_in_the_cuda_kernels_are_noticed(direction: str) -> None:
-    noticed = study_faults(cuda_backend.on, direction, FAULTY[direction])
-    assert sum(map(any, noticed.values())) >= 12, noticed
+    require_noticed(study_faults(cuda_backend.on, direction, FAULTY[direction]))
 
 
 def test_a_rank_in_a_descriptors_address_is_noticed() -> None:
@@ -208,6 +231,8 @@ TRITON_CASES: tuple[tuple[int, TileConfig | None, Case], ...] = (
     (90, NARROW, Case(130, 96, 72, 24, fp16, fp32, dropout_p=0.2)),
     (90, WIDE, Case(264, 264, 328, 40, bf16, bias=True)),
     (90, PAIRED, Case(72, 72, 136, 16, bf16)),
+    # Blocks of rows in several groups; more flags than a CTA clears at once.
+    (80, NARROW, Case(4100, 72, 8, 8, bf16)),
     *(
         (arch, SMALL, Case(136, 72, 264, 24, bf16, dropout_p=0.5, needs=needs))
         for arch, needs in zip((80, 90, 90, 90), SUBSETS, strict=True)
@@ -240,8 +265,12 @@ def test_b_zero_is_the_frozen_layer_in_triton(arch: int, case: Case) -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_faults_planted_in_the_triton_kernels_are_noticed(arch: int, direction: str) -> None:
-    case = Case(136, 96, 336, 48, bf16, bias=True, dropout_p=0.25)
+    # A CTA that has done little waits for more; long contractions take the ring round; blocks of
+    # rows are whole or not.
+    cases = [
+        Case(m, n, k, 48, bf16, bias=True, dropout_p=0.25)
+        for m, n, k in ((192, 96, 336), (264, 240, 272))
+    ]
     # sm_80 has no mbarriers and no asynchronous products to be wrong about.
     faults = (*FAULTS, *COMPUTED) if arch == 80 or SWEEP else FAULTS
-    noticed = study_faults(on(arch, SMALL), direction, [case], faults)
-    assert sum(map(any, noticed.values())) >= 12, noticed
+    require_noticed(study_faults(on(arch, SMALL), direction, cases, faults))

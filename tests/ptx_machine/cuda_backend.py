@@ -24,7 +24,7 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import cuda
 from lora_kernels.ops.lora_linear.problem import Problem
 from ptx_machine.launch import Grid, Memory
-from ptx_machine.machine import Machine, inputs
+from ptx_machine.machine import Machine, inputs, reserved
 from ptx_machine.parse import Kernel, parse
 
 HOST = Path(__file__).parent / "host"
@@ -71,15 +71,13 @@ def on(machine: Machine) -> Backend:
             library, module = _library()
             handler, failures = _handler(machine, memory)
             library.ptx_machine_attach(handler, machine.multiprocessors)
-            load = extension.load
-            with _noting_addresses(memory):
-                extension.load = lambda: module
+            with _noting_addresses(memory), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(extension, "load", lambda: module)
+                patch.setattr(cuda, "reserve", reserved)
                 try:
                     return function(*arguments)
                 except RuntimeError as error:
                     raise (failures[0] if failures else error) from None
-                finally:
-                    extension.load = load
 
         return call
 

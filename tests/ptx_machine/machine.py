@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from lora_kernels.ops.lora_linear import workspace
-from ptx_machine.launch import Grid, Memory, Run, run
+from ptx_machine.launch import Grid, Memory, Run, Wrong, run
 from ptx_machine.parse import Kernel
 
 
 @dataclass
 class Machine:
-    """Runs kernels, keeps their runs, and judges them unless `judged` is False.
+    """Runs kernels, keeps their runs and judges each, by what it leaves in the workspace too.
 
     `multiprocessors` bounds the CTAs of a launch, `resident` clusters run at a time. One that is
     not `adversarial` is for counting. `edit` changes a kernel before it runs; it must return the
@@ -24,7 +25,6 @@ class Machine:
     resident: int = 3
     adversarial: bool = True
     limit: int = 100_000_000
-    judged: bool = True
     edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
     runs: list[Run] = field(default_factory=list)
 
@@ -38,11 +38,20 @@ class Machine:
             limit=self.limit,
         )
         self.runs.append(run(self.edit(kernel), parameters, memory, grid))
-        return self.runs[-1].check() if self.judged else self.runs[-1]
+        left = _dirty_words()
+        self.runs[-1].check()
+        if left:
+            raise Wrong(f"{left} words of the workspace are not zero again")
+        return self.runs[-1]
 
 
-def dirty_words() -> int:
-    """Return how many words the launches so far have left in their workspaces, and clear them."""
+def reserved(length: int, device: torch.device, stream: int) -> Tensor:
+    """Return the words that a launch asks for and no more: what follows may be another's."""
+    return workspace.reserve(length, device, stream)[:length]
+
+
+def _dirty_words() -> int:
+    """Return how many words the last launch has left in the workspace, and clear them."""
     dirty = 0
     for words in workspace._by_stream.values():
         dirty += int(words.count_nonzero())

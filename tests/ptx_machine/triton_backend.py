@@ -13,7 +13,7 @@ from lora_kernels.ops.lora_linear.config import TileConfig, pick
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.triton import backward_kernel, forward_kernel
 from ptx_machine.launch import Grid, Memory
-from ptx_machine.machine import Machine, inputs
+from ptx_machine.machine import Machine, inputs, reserved
 from ptx_machine.triton_compile import compile_kernel
 
 KERNELS = ((forward_kernel, "lora_linear_forward"), (backward_kernel, "lora_linear_backward"))
@@ -54,6 +54,7 @@ def _launching(
         (backend, "_has_tma", has_tma),
         (backend, "_ctas", ctas),
         (backend, "pick", chosen),
+        (backend, "reserve", reserved),
     ]
     for module, name in KERNELS:
         changes.append((module, name, _Launcher(getattr(module, name), machine, arch, memory)))

@@ -112,10 +112,11 @@ def test_parallelize_module(when: str, bias: bool, cluster: Cluster) -> None:
 # --- transformers' tp_plan -----------------------------------------------------------------------
 
 
-def by_transformers(rank: int, folder: str) -> tuple[Tensor, dict[str, Tensor]]:
+def by_transformers(rank: int, folder: str, p: float) -> tuple[Tensor, dict[str, Tensor]]:
     config = DistributedConfig(tp_size=RANKS, tp_plan="auto")
     base = LlamaForCausalLM.from_pretrained(folder, dtype=fp64, distributed_config=config)
-    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4)
+    options: Any = {"r": 4, "lora_dropout": p}
+    adapters = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, adapters).train()
     values = llama().state_dict()
     for name, parameter in model.named_parameters():
@@ -123,6 +124,7 @@ def by_transformers(rank: int, folder: str) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.no_grad():
                 parameter.copy_(cut_like(parameter, values[name]))
     fuse_all(model)
+    torch.manual_seed(7)
     with counted() as calls:
         loss = loss_of(model, tokens())
     assert len(calls) == LAYERS
@@ -136,13 +138,17 @@ def cut_like(parameter: Any, value: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
-def test_tp_plan_of_transformers(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.4], ids=["plain", "dropout"])
+def test_tp_plan_of_transformers(p: float, cluster: Cluster, tmp_path: Path) -> None:
     """Against one process: PEFT 0.21 raises at lora_A where transformers cuts rows."""
     llama().unload().save_pretrained(tmp_path)
-    model = llama()
+    model = llama(lora_dropout=p)
+    if p:  # only a fused one has these masks
+        fuse_all(model)
+    torch.manual_seed(7)
     expected_loss = loss_of(model, tokens())
     expected = gradients(model)
-    for loss, together in cluster.run(by_transformers, str(tmp_path)):
+    for loss, together in cluster.run(by_transformers, str(tmp_path), p):
         assert_accurate("loss", loss, expected_loss, expected_loss)
         assert together.keys() == expected.keys()
         for name, gradient in expected.items():

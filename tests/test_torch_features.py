@@ -75,13 +75,16 @@ def test_compile_marked_dynamic_compiles_once() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("dtypes", [(fp32, fp32), (bf16, fp32)], ids=str)
-def test_the_compiler_agrees_with_eager(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@pytest.mark.parametrize(("dtypes", "first"), [((fp32, fp32), None), ((bf16, fp32), 13)], ids=str)
+def test_the_compiler_agrees_with_eager(
+    dtypes: tuple[torch.dtype, torch.dtype], first: int | None
+) -> None:
     x, weight, lora_a, lora_b, bias, dy, _ = make_inputs(Case(18, N, K, R, *dtypes, bias=True))
     leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x.view(2, 9, K), weight, a, b, 0.5, bias, dropout_p=0.4, seed=11) * 2
+        dropout: Any = {"dropout_p": 0.4, "seed": 11, "first_column": first}
+        return lora_linear(x.view(2, 9, K), weight, a, b, 0.5, bias, **dropout) * 2
 
     compiled = torch.compile(run, backend=COMPILER, fullgraph=True)
     dy = dy.view(2, 9, N)

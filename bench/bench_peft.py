@@ -36,6 +36,7 @@ def measure_pair(
 
     if (absent := case.why_not()) is not None:
         return {d: Row(facts(case, sizes, d), [], f"absent: {absent}") for d in case.directions}
+    sizes = case.sizes(sizes)
     plain, x = case.layer(sizes, device), case.x(sizes, device)
     shared = {id(p): p for p in plain.parameters()}
     holder = nn.Sequential(copy.deepcopy(plain, shared))  # both multiply by the same memory
@@ -43,9 +44,9 @@ def measure_pair(
     fused = holder[0]
     layers = {PEFT: plain, AGAIN: plain, FUSED: fused}
     with torch.no_grad():  # by a copy: its first call changes an 8-bit layer
-        dy = torch.randn_like(copy.deepcopy(plain)(x, *case.beside(x)), dtype=x.dtype)
+        dy = torch.randn_like(call(case, copy.deepcopy(plain), x), dtype=x.dtype)
     with _context(case, device):
-        left = why_not(fused, x, *case.beside(x))
+        left = why_not(fused, x, *case.beside(x), **case.keywords(x))
     error = gate(case, plain, fused, x, dy)
     rows = {}
     for direction in case.directions:
@@ -66,11 +67,17 @@ def run(
     """Run a direction; return y and, after a backward, the gradients of x and what trains."""
     with _context(case, x.device):
         x = x.detach().requires_grad_(case.train)
-        y = layer(x, *case.beside(x))
+        y = call(case, layer, x)
     if direction == "forward":
         return (y,)
     trained = [p for p in layer.parameters() if p.requires_grad]
     return y, *torch.autograd.grad(y, (x, *trained), dy.to(y.dtype))
+
+
+def call(case: PeftCase, layer: nn.Module, x: Tensor) -> Tensor:
+    """Call a layer as the case does."""
+    y: Tensor = layer(x, *case.beside(x), **case.keywords(x))
+    return y
 
 
 def _context(case: PeftCase, device: torch.device) -> contextlib.ExitStack:
@@ -149,10 +156,11 @@ def beside(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def facts(case: PeftCase, sizes: Sizes, direction: str) -> dict[str, Any]:
     """Return what names a row."""
+    sizes = case.sizes(sizes)
     return {
         "case": f"peft.{case.name}",
         "shape": "peft",
-        **{"M": 1 if case.one_row else sizes.m, "N": sizes.n, "K": sizes.k},
+        **{"M": sizes.m, "N": sizes.n, "K": sizes.k},
         "dtype": short(case.dtype),
         "direction": direction,
         "provider": FUSED,

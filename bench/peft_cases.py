@@ -27,8 +27,9 @@ class Sizes(NamedTuple):
 class PeftCase(NamedTuple):
     """A PEFT layer and how it is called.
 
-    `dtype` is x's and the frozen layer's, `adapters` the adapters' where it is another one;
-    `beside` makes what is handed over beside x.
+    `dtype` is x's and the frozen layer's, `adapters` the adapters' where it is another one; `m` and
+    `width` replace the table's M, and its N and K; x is cut into a batch of `batch`; `beside` and
+    `keywords` make what is handed over beside x.
     """
 
     kind: str
@@ -39,9 +40,12 @@ class PeftCase(NamedTuple):
     autocast: bool = False
     train: bool = True
     merged: bool = False
-    one_row: bool = False
+    m: int | None = None
+    width: int | None = None
+    batch: int | None = None
     needs: tuple[str, ...] = ()
     beside: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: ()
+    keywords: Callable[[Tensor], dict[str, Any]] = lambda x: {}
 
     @property
     def name(self) -> str:
@@ -49,7 +53,8 @@ class PeftCase(NamedTuple):
         words = [self.kind, short(self.dtype)]
         words += ["fp32adapters"] if self.adapters else []
         words += ["autocast"] if self.autocast else []
-        words += ["m1"] if self.one_row else []
+        words += [f"m{self.m}"] if self.m else []
+        words += [f"k{self.width}"] if self.width else []
         words += [] if self.train else ["inference"]
         return "-".join(words)
 
@@ -57,6 +62,10 @@ class PeftCase(NamedTuple):
     def directions(self) -> tuple[str, ...]:
         """Return what is measured."""
         return ("forward", "both") if self.train else ("forward",)
+
+    def sizes(self, table: Sizes) -> Sizes:
+        """Return this case's sizes in a table of those."""
+        return Sizes(self.m or table.m, self.width or table.n, self.width or table.k)
 
     def layer(self, sizes: Sizes, device: torch.device) -> Any:
         """Return PEFT's layer, unfused, every factor away from its zero start."""
@@ -89,10 +98,10 @@ class PeftCase(NamedTuple):
         return layer
 
     def x(self, sizes: Sizes, device: torch.device) -> Tensor:
-        """Return x[M,K]."""
+        """Return x[M,K], or x[B,M/B,K]."""
         generator = torch.Generator().manual_seed(1)
-        m = 1 if self.one_row else sizes.m
-        return torch.randn(m, sizes.k, generator=generator).to(device, self.dtype)
+        x = torch.randn(sizes.m, sizes.k, generator=generator).to(device, self.dtype)
+        return x if self.batch is None else x.view(self.batch, -1, sizes.k)
 
     def why_not(self) -> str | None:
         """Return why the case cannot be built here."""
@@ -142,6 +151,17 @@ def _two_experts_each(x: Tensor) -> tuple[Tensor, Tensor]:
     return indices.to(x.device), weights.to(x.device, x.dtype)
 
 
+def _acting(share: float) -> Callable[[Tensor], dict[str, Any]]:
+    """Return what makes an aLoRA act on that share of each sequence's positions, the last ones."""
+    return lambda x: {"alora_offsets": [int(share * x.shape[1])] * len(x)}
+
+
+def _names(x: Tensor) -> dict[str, Any]:
+    """Return an adapter for each of a batch, one of them none."""
+    names = ["default", "other1"] * (len(x) // 2)
+    return {"adapter_names": [*names[:-1], "__base__"]}
+
+
 def _4bit(quant_type: str, nested: bool = False) -> Callable[[Sizes], nn.Module]:
     def build(sizes: Sizes) -> nn.Module:
         import bitsandbytes as bnb
@@ -185,6 +205,7 @@ def _peft_config(name: str, *arguments: Any, **options: Any) -> Any:
 _EXPERTS = 8
 _BNB = ("bitsandbytes",)
 _ROUTED = ({"target_modules": [], "target_parameters": ["0.gate_up_proj", "0.down_proj"]},)
+_ALORA = ({"alora_invocation_tokens": [1]},)
 _DROPOUT = ({"lora_dropout": 0.05},)
 CASES = (
     PeftCase("lora", _linear),
@@ -195,11 +216,22 @@ CASES = (
     PeftCase("lora.dropout", _linear, _DROPOUT, dtype=bf16),
     PeftCase("lora.dropout", _linear, _DROPOUT, dtype=bf16, adapters=fp32),
     PeftCase("lora.dropout", _linear, _DROPOUT, dtype=bf16, adapters=fp32, autocast=True),
-    PeftCase("lora", _linear, one_row=True),
-    PeftCase("lora", _linear, dtype=bf16, one_row=True),
-    PeftCase("lora.dropout", _linear, _DROPOUT, one_row=True),
-    PeftCase("lora", _linear, one_row=True, train=False),
-    PeftCase("lora", _linear, dtype=bf16, one_row=True, train=False),
+    PeftCase("lora", _linear, m=1),
+    PeftCase("lora", _linear, dtype=bf16, m=1),
+    PeftCase("lora.dropout", _linear, _DROPOUT, m=1),
+    PeftCase("lora", _linear, m=1, train=False),
+    PeftCase("lora", _linear, dtype=bf16, m=1, train=False),
+    *(
+        case._replace(m=m, width=576)
+        for m in (16, 128, 512)  # on both sides of where operators are composed on a CPU
+        for case in (
+            PeftCase("lora", _linear),
+            PeftCase("lora", _linear, dtype=bf16),
+            PeftCase("lora", _linear, dtype=bf16, adapters=fp32, autocast=True),
+            PeftCase("lora.dropout", _linear, _DROPOUT),
+            PeftCase("lora.dropout", _linear, _DROPOUT, dtype=bf16),
+        )
+    ),
     PeftCase("merged", _linear, train=False, merged=True),
     PeftCase("nf4", _4bit("nf4"), needs=_BNB),
     PeftCase("nf4.nested", _4bit("nf4", nested=True), needs=_BNB),
@@ -223,6 +255,13 @@ CASES = (
     PeftCase("mica", _linear, ({"init_lora_weights": "mica"},)),
     PeftCase("bdlora", _linear, ({"use_bdlora": _peft_config("BdLoraConfig", ["0"], nblocks=2)},)),
     PeftCase("falcon", _falcon),
+    PeftCase("alora", _linear, _ALORA, batch=8, keywords=_acting(1.0)),
+    PeftCase("alora.half", _linear, _ALORA, batch=8, keywords=_acting(0.5)),
+    PeftCase("alora.half", _linear, _ALORA, dtype=bf16, batch=8, keywords=_acting(0.5)),
+    PeftCase("alora.tenth", _linear, _ALORA, batch=8, keywords=_acting(0.1)),
+    PeftCase("names2", _linear, ({"r": 8}, {"r": 8}), batch=8, keywords=_names),
+    PeftCase("names2", _linear, ({"r": 8}, {"r": 8}), dtype=bf16, batch=8, keywords=_names),
+    PeftCase("names2.r16", _linear, ({}, {}), batch=8, keywords=_names),
     PeftCase("experts", _experts, _ROUTED, beside=_two_experts_each),
     PeftCase("experts", _experts, _ROUTED, dtype=bf16, beside=_two_experts_each),
 )

@@ -21,6 +21,7 @@ from peft_models import (
     calls_of_lora_linear,
     pair,
     peft_model,
+    run,
     x_for,
 )
 from peft_models import one_thread as one_thread
@@ -94,30 +95,33 @@ def test_a_patched_class_is_honoured(
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("own", [nn.Linear, nn.Dropout, nn.Module])
-def test_a_patched_call_is_honoured(own: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, plain = (model.eval() for model in pair(lora_dropout=0.5))
-    call = own.__call__
-
-    def doubled_call(self: Any, *args: Any) -> Any:
-        return (1 if isinstance(self, Linear) else 2) * call(self, *args)
-
-    monkeypatch.setattr(own, "__call__", doubled_call)
-    assert_same_as_peft(fused, plain, x_for(plain))
-    assert why_not(fused.base_model.model.up).endswith(".__call__ was patched")
+# What a plain module runs when it is called, and where it may be replaced for all of them at once.
+PATCHED: dict[str, tuple[Any, str, float]] = {
+    "torch.nn.functional.linear": (nn.functional, "linear", 0.0),
+    "torch.nn.functional.dropout": (nn.functional, "dropout", 0.5),
+    "Linear.__call__": (nn.Linear, "__call__", 0.0),
+    "Dropout.__call__": (nn.Dropout, "__call__", 0.5),
+    "Identity.__call__": (nn.Module, "__call__", 0.0),  # the first module that is asked
+    "nn.Module._call_impl": (nn.Module, "_call_impl", 0.0),
+}
 
 
-@pytest.mark.parametrize("function", ["linear", "dropout"])
-def test_a_patched_function_is_honoured(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused, plain = pair(lora_dropout=0.5)
-    own = getattr(nn.functional, function)
-    # A mask for p = 1 tells that the patch ran, whatever the seed.
-    halved = lambda x, *rest, **options: own(x, *rest, **options) * (function == "linear") / 2
-    monkeypatch.setattr(nn.functional, function, halved)
-    if function == "linear":
-        fused, plain = fused.eval(), plain.eval()
-    assert_same_as_peft(fused, plain, x_for(plain))
-    assert why_not(fused.base_model.model.up) == "a function in torch.nn.functional was patched"
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("what", PATCHED)
+def test_a_patched_call_is_honoured(what: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", few)
+    owner, name, dropout_p = PATCHED[what]
+    model, plain = pair(lora_dropout=dropout_p)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, doubled(getattr(owner, name)))
+        x = x_for(model, 8, 8, K)
+        assert why_not(model.base_model.model.up, x) == f"{what} was patched"
+        results = []
+        for each in (model, plain):
+            torch.manual_seed(0)
+            results.append(run(each, x))
+        assert all(torch.equal(results[0][n], t) for n, t in results[1].items())
+    assert why_not(model.base_model.model.up, x) is None
 
 
 def test_a_patched_variant_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +152,23 @@ def test_a_mode_that_replaces_functions_is_honoured(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
-def test_a_patch_that_was_there_before_us_is_honoured() -> None:
-    script = """
+@pytest.mark.parametrize(
+    ("patched", "reason"),
+    [
+        ("own.forward", "Linear.forward was patched"),
+        ("torch.nn.Module.__call__", "Identity.__call__ was patched"),
+        ("torch.nn.functional.linear", "torch.nn.functional.linear was patched"),
+        ("torch.nn.functional.dropout", "torch.nn.functional.dropout was patched"),
+        ("torch.nn.Module._call_impl", "nn.Module._call_impl was patched"),
+    ],
+)
+def test_a_patch_that_was_there_before_us_is_honoured(patched: str, reason: str) -> None:
+    script = f"""
 import functools, torch, peft
 from peft.tuners.lora.layer import Linear
 for own in (torch.nn.Linear, Linear):
-    own.forward = functools.wraps(own.forward)(lambda *a, f=own.forward: f(*a))
+    f = {patched}
+    {patched} = functools.wraps(f)(lambda *a, f=f, **k: f(*a, **k))
 from lora_kernels.peft import fuse
 from peft import LoraConfig, get_peft_model
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
@@ -162,7 +177,7 @@ print(*fuse(model).not_fused.values())
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout.strip() == "Linear.forward was patched", done.stderr
+    assert done.stdout.strip() == reason, done.stderr
 
 
 @pytest.mark.parametrize("scaling", [math.inf, -math.inf, math.nan, True, 1e39, 0, 2])

@@ -331,7 +331,13 @@ def test_a_few_rows_are_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch)
     fused, plain = both(KINDS[kind])
     layer, few = fused.base_model.model.up, x_for(plain, 7, 9, K)
     assert "fewer than 64 rows, for which PEFT's code is faster on a CPU" in why_not(layer, few)
-    assert why_not(layer, x_for(plain, 8, 8, K)) is None
+    enough = -(-(1 << 21) // (4 * (K + H)))  # for 2 MiB of x and y, which DoRA does not need
+    for rows in (64, enough - 1, enough):
+        reason = why_not(layer, x_for(plain, rows, K))
+        expected = f"fewer than {enough} rows, for which PEFT's code is faster on a CPU"
+        composed = kind in ("mica", "dora")
+        assert (reason is None) == (composed or rows == enough)
+        assert composed or reason is None or expected in reason
     assert_same_as_peft(fused, plain, few)
     elsewhere = why_not(layer, few.to("meta"))
     if kind in ("mica", "dora"):

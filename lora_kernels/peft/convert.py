@@ -9,9 +9,9 @@ from torch import nn
 
 from lora_kernels.layers import LoRALinear
 from lora_kernels.peft.adapters import adapter_of
-from lora_kernels.peft.layer import Found, find_for
+from lora_kernels.peft.layer import find_for
 from lora_kernels.peft.linear import FusedLinear
-from lora_kernels.peft.parts import kind
+from lora_kernels.peft.parts import Found, kind
 
 
 def from_peft(layer: Linear, adapter: str = "default") -> LoRALinear:

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,37 @@ from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.merging import ExactMerge
-from lora_kernels.peft.parts import Adapter, Frozen, kind, patched, short, without_ours
+from lora_kernels.peft.parts import (
+    Adapter,
+    Found,
+    Frozen,
+    computed_in,
+    kind,
+    patched,
+    patched_functions,
+    short,
+    without_ours,
+)
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
-# Below so many rows of x, what a call costs Python is more than fusing saves a CPU, and making
-# factors anew for each call more than it saves anywhere. Measured on a CPU, fp32, forward and
-# backward: LoRA at N = K = 576 takes 1.39 of PEFT's time with 2 rows, 1.08 with 16, 1.03 with 64,
-# at 2048 1.06, 1.02, 1.00; two and four adapters, KaSA and lora_bias are even at 64, ahead at 256.
+# The operator costs Python more than PyTorch's own ones, which below some size is not got back. On
+# a CPU a plain adapter beside a dense layer is then composed of those, without PEFT's modules:
+# where x and y together have fewer bytes than so many rows of _ROW_BYTES (2 MiB), or under dropout,
+# whose mask is what the operator draws sooner, fewer elements than such rows of _ROW_DROPPED. Of
+# PEFT's time (one thread, forward; forward and backward) the operator takes at
+#             fp32        bf16        dropout, fp32   dropout, bf16
+#   0.5 MiB:  1.07, 1.12  1.02, 1.13  1.10, 1.16      0.86, 0.97
+#     1 MiB:  0.98, 1.03  1.04, 1.06  0.89, 1.02      0.68, 0.93
+#     2 MiB:  0.96, 0.98  0.95, 0.97  0.85, 0.96      0.59, 0.82
+# and what is composed 0.90 to 1.00. Kinds that cannot be composed so are left to PEFT below that
+# size (at 0.6 MiB: two adapters 1.08, 1.05, lora_bias 1.13, 1.12, KaSA 1.05, 1.06, NF4 1.05, 1.03;
+# DoRA 0.81, 0.90 is not) and below so many rows, there as elsewhere if factors are made anew.
 FEW_ROWS = 64
-
-_linear, _dropout = torch._C._nn.linear, F.dropout
+_ROW_BYTES, _ROW_DROPPED = 1 << 15, 1 << 12
+_DISTRIBUTED = dist.is_available()
+_is_compiling = torch.compiler.is_compiling
 
 
 class Fused(ExactMerge):
@@ -54,6 +73,11 @@ class Fused(ExactMerge):
         are often fused before `train()`.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def usual(layer: Any, x: Tensor) -> Found | None:
+        """Return what `find` would for the most usual x and layer, sooner, or None for others."""
+        return None
 
     @classmethod
     def find(
@@ -75,6 +99,8 @@ class Fused(ExactMerge):
             calls.note(self, found)
             return plain.forward(self, x, *args, **kwargs)
         calls.note(self, calls.FUSED)
+        if _is_small(found, x):
+            return _compose(found, x)
         layer: Any = self
         lora_a, _, _, dropout_p, *_ = found.adapter
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
@@ -104,14 +130,6 @@ def fused_by(cls: type) -> Any:
     return next((c for c in cls.__mro__ if "plain" in vars(c)), None)
 
 
-class Found(NamedTuple):
-    """What a call has to compute, and in which dtype its frozen product is computed."""
-
-    frozen: Frozen
-    adapter: Adapter
-    dtype: torch.dtype
-
-
 def find(
     layer: Any, own: type[Fused], x: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Found | str:
@@ -119,10 +137,20 @@ def find(
 
     Without x the answer is for an x of the base weight's dtype.
     """
-    if not kwargs and _few_rows_on_a_cpu(x):
-        return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
     if not isinstance(layer, own) and "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
+    if x is not None and not args and not kwargs:
+        found = own.usual(layer, x)
+        if found is not None and not (patched(own.plain) or surroundings()):
+            return found
+        # Before more is asked, where that is what a call costs.
+        some = isinstance(x, Tensor) and not (layer.merged_adapters or layer._disable_adapters)
+        if some and _on_a_cpu(x):
+            if _few_rows(x):
+                return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
+            reason = None if own.usual is not Fused.usual else _too_few(layer, x)
+            if reason:
+                return reason
     if args or not ARGUMENTS.issuperset(kwargs):
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
     if layer.disable_adapters:
@@ -137,6 +165,10 @@ def find(
     now = x is not None
     if not active:
         return calls.NO_ADAPTER
+    if len(active) > 1 and not kwargs and isinstance(x, Tensor) and _on_a_cpu(x):
+        reason = _too_few(layer, x)
+        if reason:
+            return reason
     if len(active) == 1:
         return find_for(layer, own, _the_one(layer, active[0], x, offsets), x)
     adapters = []
@@ -167,7 +199,7 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     autocast = None
     if torch._C._is_any_autocast_enabled() and autocasts(frozen.weight):
         autocast = torch.get_autocast_dtype(frozen.weight.device.type)
-    dtype = _computed_in(frozen.dtype, autocast)
+    dtype = computed_in(frozen.dtype, autocast)
     reason = (
         patched(own.plain)
         or surroundings()
@@ -175,10 +207,12 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
         or _dtypes(layer, frozen, adapter, x, dtype, autocast)
         or _splits(frozen, adapter)
     )
-    made_anew = adapter.derive is not None and adapter.compute is None
-    if reason is None and made_anew and _few_rows(x) and not adapter.collective:
-        reason = f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster here"
-    return reason or Found(frozen, adapter, dtype)
+    found = Found(frozen, adapter, dtype)
+    if reason is None and isinstance(x, Tensor) and adapter.compute is None:
+        made_anew = adapter.derive is not None and not adapter.collective
+        if made_anew or (_on_a_cpu(x) and not _is_plain(found)):
+            reason = _too_few(layer, x)
+    return reason or found
 
 
 def surroundings() -> str | None:
@@ -187,15 +221,13 @@ def surroundings() -> str | None:
         return "global module hooks are set, which only module calls run"
     if torch.jit.is_tracing():
         return "inside torch.jit.trace, which would keep this x's shape"
-    if F.linear is not _linear or F.dropout is not _dropout:
-        return "a function in torch.nn.functional was patched"
     if torch._C._len_torch_function_stack() and not torch.compiler.is_compiling():
         # All but a default device may replace the functions that PEFT's code calls.
         modes = [type(mode) for mode in _get_current_function_mode_stack()]
         other = next((own for own in modes if own is not DeviceContext), None)
         if other is not None:
             return f"a {other.__name__} sees the functions that PEFT's code calls"
-    return composition.surrounds()
+    return patched_functions() or composition.surrounds()
 
 
 def _tensors(frozen: Frozen, base: nn.Module, x: Tensor | None) -> str | None:
@@ -231,9 +263,9 @@ def _dtypes(
         return f"base weight is {short(dtype)}"
     lora_a, bias = adapter.lora_a, frozen.bias
     if frozen.dense is None:
-        if x is not None and _computed_in(x.dtype, autocast) != dtype:
+        if x is not None and computed_in(x.dtype, autocast) != dtype:
             return f"x is {short(x.dtype)} beside a {short(frozen.dtype)} base weight"
-        if bias is not None and _computed_in(bias.dtype, autocast) != dtype:
+        if bias is not None and computed_in(bias.dtype, autocast) != dtype:
             return f"base bias is {short(bias.dtype)} beside a {short(frozen.dtype)} base weight"
     elif (
         x is not None
@@ -274,35 +306,65 @@ def _few_rows(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0 and x.numel() < FEW_ROWS * x.shape[-1]
 
 
-def _few_rows_on_a_cpu(x: Any) -> bool:
+def _too_few(layer: Any, x: Tensor) -> str | None:
+    """Return that x has too few rows for what cannot be composed to be faster than PEFT's code."""
+    rows, where = FEW_ROWS, "here"
+    if _on_a_cpu(x):
+        width = (layer.in_features + layer.out_features) * x.itemsize
+        rows, where = max(rows, rows * _ROW_BYTES // max(width, 1)), "on a CPU"
+    if x.dim() == 0 or x.numel() >= rows * x.shape[-1]:
+        return None
+    return f"x has fewer than {rows} rows, for which PEFT's code is faster {where}"
+
+
+def _on_a_cpu(x: Tensor) -> bool:
+    """Return whether a CPU computes and Python is what a call costs: not what is compiled."""
     return (
-        _few_rows(x)
-        and x.is_cpu
-        and not torch.compiler.is_compiling()  # compiled, a call costs no Python
-        # Ranks that went different ways would wait for one another.
-        and not (dist.is_available() and dist.is_initialized())
+        x.is_cpu
+        and not _is_compiling()
+        # Ranks that went different ways would wait for one another, or drop the same elements.
+        and not (_DISTRIBUTED and dist.is_initialized())
     )
 
 
-def _computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that autocast turns `dtype` into for a linear layer."""
-    if autocast is None or dtype == torch.float64 or not dtype.is_floating_point:
-        return dtype
-    return autocast
+def _is_small(found: Found, x: Tensor) -> bool:
+    """Return whether PyTorch's operators, one by one, are faster than one of our own."""
+    if not (_on_a_cpu(x) and _is_plain(found)) or x.dim() == 0:
+        return False
+    k, n = x.shape[-1], found.frozen.weight.shape[0]
+    row = _ROW_DROPPED if found.adapter.dropout_p else _ROW_BYTES // found.dtype.itemsize
+    return x.numel() * (k + n) < FEW_ROWS * row * k
+
+
+def _is_plain(found: Found) -> bool:
+    """Return whether nothing has to be made for a call, or added to what `lora_linear` returns."""
+    frozen, adapter, _ = found
+    return (
+        adapter.derive is None
+        and adapter.compute is None
+        and not adapter.others
+        and frozen.dense is None
+        and frozen.split is None
+    )
+
+
+def _compose(found: Found, x: Tensor) -> Tensor:
+    """Return what PEFT's code would, to the bit, by its operators without its modules."""
+    (weight, bias, *_), (lora_a, lora_b, scaling, dropout_p, *_), _ = found
+    y = F.linear(x, weight, bias)
+    if x.dtype != lora_a.dtype:
+        x = x.to(lora_a.dtype)
+    if dropout_p:
+        x = F.dropout(x, dropout_p)
+    z = y + F.linear(F.linear(x, lora_a), lora_b) * scaling
+    return z if z.dtype == y.dtype else z.to(y.dtype)
 
 
 def _run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> Tensor:
     """Run `lora_linear` on what is found and x, or its stand-in in another dtype than x has."""
     frozen, adapter, _ = found
     bias = frozen.bias
-    if (
-        adapter.derive is None
-        and adapter.compute is None
-        and not adapter.others
-        and frozen.dense is None
-        and frozen.split is None
-        and (bias is None or not bias.requires_grad)
-    ):
+    if _is_plain(found) and (bias is None or not bias.requires_grad):
         lora_a, lora_b, scaling, dropout_p, *_ = adapter
         seed = dropout_seed(layer, x) if dropout_p else None
         return lora_linear(

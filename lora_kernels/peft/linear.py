@@ -11,6 +11,7 @@ from lora_kernels.peft import kinds
 from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import Frozen, kind, parameter, replaced
 from lora_kernels.peft.tensor_parallel import split_of
+from lora_kernels.peft.usual import usual
 
 # `nn.MultiheadAttention` multiplies by its weight and never calls it.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -20,6 +21,7 @@ class FusedLinear(Fused, Linear):
     """PEFT's `lora.Linear`, fused, over whatever `kinds.BASES` names or computes as `nn.Linear`."""
 
     plain = Linear
+    usual = staticmethod(usual)
 
     @staticmethod
     def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:

@@ -66,6 +66,14 @@ class Adapter(NamedTuple):
         return y if bias is None else y + bias
 
 
+class Found(NamedTuple):
+    """What a call has to compute, and in which dtype its frozen product is computed."""
+
+    frozen: Frozen
+    adapter: Adapter
+    dtype: torch.dtype
+
+
 def not_plain(
     part: str, module: nn.Module, types: Collection[type[nn.Module]] = (nn.Linear,)
 ) -> str | None:
@@ -95,25 +103,43 @@ def replaced(part: str, module: nn.Module) -> str | None:
     reason = altered(part, module)
     if reason:
         return reason
-    own = type(module)
-    as_defined = own.forward is _forwards.get(own) and own.__call__ is nn.Module._wrapped_call_impl
-    return None if as_defined else patched(own)
+    return patched(type(module))
 
 
 _forwards: dict[Any, Any] = {}
+_called: Any = nn.Module._wrapped_call_impl  # is `__call__`, whatever was patched before us
 
 
 def patched(own: Any) -> str | None:
-    """Return that calling a class does not run the forward which its module defines, or None."""
+    """Return that a class is called, or goes forward, in another way than it was defined to."""
     if own not in _forwards:
         owner = next(c for c in own.__mro__ if "forward" in vars(c))
         source = getattr(owner.forward, "__globals__", {})  # which no `functools.wraps` changes
         _forwards[own] = owner.forward if source.get("__name__") == owner.__module__ else None
     if own.forward is not _forwards[own]:
         return f"{own.__name__}.forward was patched"
-    if issubclass(own, nn.Module) and own.__call__ is not nn.Module._wrapped_call_impl:
+    if issubclass(own, nn.Module) and own.__call__ is not _called:
         return f"{own.__name__}.__call__ was patched"
     return None
+
+
+def _as_defined(function: Any, module: str) -> Any:
+    """Return a function if the module of that name defines it, else None."""
+    return function if function.__globals__["__name__"] == module else None
+
+
+_linear = torch._C._nn.linear
+_dropout = _as_defined(F.dropout, "torch.nn.functional")
+_call_impl = _as_defined(nn.Module._call_impl, "torch.nn.modules.module")
+
+
+def patched_functions() -> str | None:
+    """Return which function that every plain module calls was patched, or None."""
+    if F.linear is not _linear:
+        return "torch.nn.functional.linear was patched"
+    if F.dropout is not _dropout:
+        return "torch.nn.functional.dropout was patched"
+    return None if nn.Module._call_impl is _call_impl else "nn.Module._call_impl was patched"
 
 
 for _class in (nn.Linear, nn.Dropout, nn.Identity):
@@ -125,6 +151,13 @@ def parameter(module: Any, name: str) -> Any:
     parameters = module._parameters
     # FSDP and DataParallel keep the tensor in a plain attribute while the module runs.
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def computed_in(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that autocast turns `dtype` into for a linear layer."""
+    if autocast is None or dtype == torch.float64 or not dtype.is_floating_point:
+        return dtype
+    return autocast
 
 
 def kind(thing: object) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -36,6 +35,7 @@ from lora_kernels.peft.parts import (
 )
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
+from lora_kernels.peft.usual import compose, usual, usual_parts
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
 # The operator costs Python more than PyTorch's own ones, which below some size is not got back. On
@@ -91,6 +91,10 @@ class Fused(ExactMerge):
         own: Any = type(self)
         if "plain" not in own.__dict__:  # the class was wrapped
             own = fused_by(own)
+        if own is not None and not args and not kwargs:
+            y = _composed(self, own, x)
+            if y is not None:
+                return y
         if own is not None:
             plain, found = own.plain, find(self, own, x, args, kwargs)
         else:  # this bound method was kept across `unfuse`
@@ -99,10 +103,11 @@ class Fused(ExactMerge):
             calls.note(self, found)
             return plain.forward(self, x, *args, **kwargs)
         calls.note(self, calls.FUSED)
-        if _is_small(found, x):
-            return _compose(found, x)
+        lora_a, lora_b, scaling, dropout_p, *_ = found.adapter
+        weight, bias, *_ = found.frozen
+        if _is_plain(found) and _is_small(x, weight.shape[0], dropout_p):
+            return compose(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
         layer: Any = self
-        lora_a, _, _, dropout_p, *_ = found.adapter
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
         # saved. Of the rows of some adapters PEFT saves copies.
         made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
@@ -327,13 +332,25 @@ def _on_a_cpu(x: Tensor) -> bool:
     )
 
 
-def _is_small(found: Found, x: Tensor) -> bool:
+def _is_small(x: Tensor, n: int, dropout_p: float = 0.0) -> bool:
     """Return whether PyTorch's operators, one by one, are faster than one of our own."""
-    if not (_on_a_cpu(x) and _is_plain(found)) or x.dim() == 0:
+    if x.dim() == 0 or not _on_a_cpu(x):
         return False
-    k, n = x.shape[-1], found.frozen.weight.shape[0]
-    row = _ROW_DROPPED if found.adapter.dropout_p else _ROW_BYTES // found.dtype.itemsize
+    k, row = x.shape[-1], _ROW_DROPPED if dropout_p else _ROW_BYTES // x.itemsize
     return x.numel() * (k + n) < FEW_ROWS * row * k
+
+
+def _composed(layer: Any, own: Any, x: Any) -> Tensor | None:
+    """Return y where it is small and the layer as usual, by the least Python, or None."""
+    if type(x) not in PLAIN_TYPES or not _is_small(x, layer.out_features):
+        return None
+    parts = usual_parts(layer, x) if own.usual is usual else None
+    if parts is None or (parts[5] and not _is_small(x, layer.out_features, parts[5])):
+        return None
+    if patched(own.plain) or surroundings():
+        return None
+    calls.note(layer, calls.FUSED)
+    return compose(x, *parts[:6])
 
 
 def _is_plain(found: Found) -> bool:
@@ -346,18 +363,6 @@ def _is_plain(found: Found) -> bool:
         and frozen.dense is None
         and frozen.split is None
     )
-
-
-def _compose(found: Found, x: Tensor) -> Tensor:
-    """Return what PEFT's code would, to the bit, by its operators without its modules."""
-    (weight, bias, *_), (lora_a, lora_b, scaling, dropout_p, *_), _ = found
-    y = F.linear(x, weight, bias)
-    if x.dtype != lora_a.dtype:
-        x = x.to(lora_a.dtype)
-    if dropout_p:
-        x = F.dropout(x, dropout_p)
-    z = y + F.linear(F.linear(x, lora_a), lora_b) * scaling
-    return z if z.dtype == y.dtype else z.to(y.dtype)
 
 
 def _run(layer: Any, found: Found, x_dtype: torch.dtype, x: Tensor) -> Tensor:

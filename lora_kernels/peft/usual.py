@@ -7,7 +7,8 @@ again the caches hold the others'. So the usual answer is looked for first, with
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, FP32_MAX, PLAIN_TYPES
@@ -16,6 +17,15 @@ from lora_kernels.peft.parts import Adapter, Found, Frozen, altered, computed_in
 
 def usual(layer: Any, x: Any) -> Found | None:
     """Return what a call of a layer with x alone computes, or None where only `find` can tell."""
+    parts = usual_parts(layer, x)
+    if parts is None:
+        return None
+    weight, bias, a, b, scaling, dropout_p, dtype = parts
+    return Found(Frozen(weight, bias, weight.dtype), Adapter(a, b, scaling, dropout_p), dtype)
+
+
+def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
+    """Return W, bias, A, B, s, p and the dtype to compute in: named tuples cost as much again."""
     names, children = layer._active_adapter, layer.__dict__["_modules"]
     name = names if type(names) is str else names[0] if len(names) == 1 else None
     first = children["lora_A"]._modules
@@ -72,7 +82,26 @@ def usual(layer: Any, x: Any) -> Found | None:
         dropout_p = dropout.p
     if type(scaling) not in _NUMBERS or not abs(scaling) <= FP32_MAX or dropout_p >= 1:
         return None
-    return Found(Frozen(weight, bias, weight.dtype), Adapter(a, b, scaling, dropout_p), dtype)
+    return weight, bias, a, b, scaling, dropout_p, dtype
+
+
+def compose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """Return what PEFT's code would, to the bit, by its operators without its modules."""
+    y = F.linear(x, weight, bias)
+    if x.dtype != lora_a.dtype:
+        x = x.to(lora_a.dtype)
+    if dropout_p:
+        x = F.dropout(x, dropout_p)
+    z = y + F.linear(F.linear(x, lora_a), lora_b) * scaling
+    return z if z.dtype == y.dtype else z.to(y.dtype)
 
 
 def _fits(bias: Any, dtype: torch.dtype, autocast: torch.dtype | None) -> bool:

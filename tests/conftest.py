@@ -49,8 +49,8 @@ def _no_choice_from_another_test() -> None:
 
 @pytest.fixture(autouse=True)
 def _small_layers_run_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    if "lora_kernels.peft.layer" in sys.modules:
-        monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 0)
+    if "lora_kernels.peft.small" in sys.modules:
+        monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", 0)
 
 
 @pytest.fixture

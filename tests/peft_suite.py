@@ -29,9 +29,9 @@ def pytest_configure() -> None:
         return
     from peft.tuners.tuners_utils import BaseTuner
 
-    from lora_kernels.peft import calls, fuse, layer
+    from lora_kernels.peft import calls, fuse, small
 
-    layer.FEW_ROWS = int(os.environ[FUSE])
+    small.FEW_ROWS = int(os.environ[FUSE])
     inject, note = BaseTuner.inject_adapter, calls.note
 
     def inject_and_fuse(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

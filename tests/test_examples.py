@@ -242,7 +242,7 @@ def test_finetune_in_bfloat16(run, model_folder, text_file, tmp_path):
 def test_finetune_says_where_the_steps_ran_peft(
     run, model_folder, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 64)
+    monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", 64)
     monkeypatch.setattr("lora_kernels.peft.linear.FusedLinear.usual", lambda layer, x: None)
     arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
     status, stdout, stderr = run("finetune", *arguments, "--batch", "1", "--targets", "q_proj")

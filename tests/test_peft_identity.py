@@ -109,7 +109,7 @@ PATCHED: dict[str, tuple[Any, str, float]] = {
 @pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("what", PATCHED)
 def test_a_patched_call_is_honoured(what: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", few)
+    monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", few)
     owner, name, dropout_p = PATCHED[what]
     model, plain = pair(lora_dropout=dropout_p)
     with monkeypatch.context() as patch:

@@ -327,7 +327,7 @@ def test_several_adapters_under_dropout_keep_the_dtype(base: torch.dtype) -> Non
 
 @pytest.mark.parametrize("kind", ["two active", "lora_bias", "kasa", "bdlora", "mica", "dora"])
 def test_a_few_rows_are_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", 64)
+    monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", 64)
     fused, plain = both(KINDS[kind])
     layer, few = fused.base_model.model.up, x_for(plain, 7, 9, K)
     assert "fewer than 64 rows, for which PEFT's code is faster on a CPU" in why_not(layer, few)

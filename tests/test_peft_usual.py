@@ -38,7 +38,7 @@ FEW = 64
 
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kernels.peft.layer.FEW_ROWS", FEW)
+    monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", FEW)
 
 
 def widened(model: PeftModel) -> PeftModel:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -35,25 +34,9 @@ from lora_kernels.peft.parts import (
 )
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
+from lora_kernels.peft.small import few_rows, is_small, on_a_cpu, too_few
 from lora_kernels.peft.usual import compose, usual, usual_parts
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
-
-# The operator costs Python more than PyTorch's own ones, which below some size is not got back. On
-# a CPU a plain adapter beside a dense layer is then composed of those, without PEFT's modules:
-# where x and y together have fewer bytes than so many rows of _ROW_BYTES (2 MiB), or under dropout,
-# whose mask is what the operator draws sooner, fewer elements than such rows of _ROW_DROPPED. Of
-# PEFT's time (one thread, forward; forward and backward) the operator takes at
-#             fp32        bf16        dropout, fp32   dropout, bf16
-#   0.5 MiB:  1.07, 1.12  1.02, 1.13  1.10, 1.16      0.86, 0.97
-#     1 MiB:  0.98, 1.03  1.04, 1.06  0.89, 1.02      0.68, 0.93
-#     2 MiB:  0.96, 0.98  0.95, 0.97  0.85, 0.96      0.59, 0.82
-# and what is composed 0.90 to 1.00. Kinds that cannot be composed so are left to PEFT below that
-# size (at 0.6 MiB: two adapters 1.08, 1.05, lora_bias 1.13, 1.12, KaSA 1.05, 1.06, NF4 1.05, 1.03;
-# DoRA 0.81, 0.90 is not) and below so many rows, there as elsewhere if factors are made anew.
-FEW_ROWS = 64
-_ROW_BYTES, _ROW_DROPPED = 1 << 15, 1 << 12
-_DISTRIBUTED = dist.is_available()
-_is_compiling = torch.compiler.is_compiling
 
 
 class Fused(ExactMerge):
@@ -105,7 +88,7 @@ class Fused(ExactMerge):
         calls.note(self, calls.FUSED)
         lora_a, lora_b, scaling, dropout_p, *_ = found.adapter
         weight, bias, *_ = found.frozen
-        if _is_plain(found) and _is_small(x, weight.shape[0], dropout_p):
+        if _is_plain(found) and is_small(x, weight.shape[0], dropout_p):
             return compose(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
         layer: Any = self
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
@@ -150,10 +133,10 @@ def find(
             return found
         # Before more is asked, where that is what a call costs.
         some = isinstance(x, Tensor) and not (layer.merged_adapters or layer._disable_adapters)
-        if some and _on_a_cpu(x):
-            if _few_rows(x):
-                return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
-            reason = None if own.usual is not Fused.usual else _too_few(layer, x)
+        if some and on_a_cpu(x):
+            reason = few_rows(x)
+            if reason is None and own.usual is Fused.usual:
+                reason = too_few(layer, x)
             if reason:
                 return reason
     if args or not ARGUMENTS.issuperset(kwargs):
@@ -170,8 +153,8 @@ def find(
     now = x is not None
     if not active:
         return calls.NO_ADAPTER
-    if len(active) > 1 and not kwargs and isinstance(x, Tensor) and _on_a_cpu(x):
-        reason = _too_few(layer, x)
+    if len(active) > 1 and not kwargs and isinstance(x, Tensor) and on_a_cpu(x):
+        reason = too_few(layer, x)
         if reason:
             return reason
     if len(active) == 1:
@@ -215,8 +198,8 @@ def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | N
     found = Found(frozen, adapter, dtype)
     if reason is None and isinstance(x, Tensor) and adapter.compute is None:
         made_anew = adapter.derive is not None and not adapter.collective
-        if made_anew or (_on_a_cpu(x) and not _is_plain(found)):
-            reason = _too_few(layer, x)
+        if made_anew or (on_a_cpu(x) and not _is_plain(found)):
+            reason = too_few(layer, x)
     return reason or found
 
 
@@ -306,46 +289,12 @@ def _splits(frozen: Frozen, adapter: Adapter) -> str | None:
     return "base bias is trainable under tensor parallelism" if trains else None
 
 
-def _few_rows(x: Any) -> bool:
-    # Decided by x's shape alone: a checkpoint's second forward must take the way of the first.
-    return isinstance(x, Tensor) and x.dim() > 0 and x.numel() < FEW_ROWS * x.shape[-1]
-
-
-def _too_few(layer: Any, x: Tensor) -> str | None:
-    """Return that x has too few rows for what cannot be composed to be faster than PEFT's code."""
-    rows, where = FEW_ROWS, "here"
-    if _on_a_cpu(x):
-        width = (layer.in_features + layer.out_features) * x.itemsize
-        rows, where = max(rows, rows * _ROW_BYTES // max(width, 1)), "on a CPU"
-    if x.dim() == 0 or x.numel() >= rows * x.shape[-1]:
-        return None
-    return f"x has fewer than {rows} rows, for which PEFT's code is faster {where}"
-
-
-def _on_a_cpu(x: Tensor) -> bool:
-    """Return whether a CPU computes and Python is what a call costs: not what is compiled."""
-    return (
-        x.is_cpu
-        and not _is_compiling()
-        # Ranks that went different ways would wait for one another, or drop the same elements.
-        and not (_DISTRIBUTED and dist.is_initialized())
-    )
-
-
-def _is_small(x: Tensor, n: int, dropout_p: float = 0.0) -> bool:
-    """Return whether PyTorch's operators, one by one, are faster than one of our own."""
-    if x.dim() == 0 or not _on_a_cpu(x):
-        return False
-    k, row = x.shape[-1], _ROW_DROPPED if dropout_p else _ROW_BYTES // x.itemsize
-    return x.numel() * (k + n) < FEW_ROWS * row * k
-
-
 def _composed(layer: Any, own: Any, x: Any) -> Tensor | None:
     """Return y where it is small and the layer as usual, by the least Python, or None."""
-    if type(x) not in PLAIN_TYPES or not _is_small(x, layer.out_features):
+    if type(x) not in PLAIN_TYPES or not is_small(x, layer.out_features):
         return None
     parts = usual_parts(layer, x) if own.usual is usual else None
-    if parts is None or (parts[5] and not _is_small(x, layer.out_features, parts[5])):
+    if parts is None or (parts[5] and not is_small(x, layer.out_features, parts[5])):
         return None
     if patched(own.plain) or surroundings():
         return None

@@ -71,6 +71,8 @@ def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
         or b.dtype != a.dtype
         or lora_b._parameters.get("bias", lora_b) is not None
         or x.is_nested
+        or x.layout is not torch.strided
+        or weight.layout is not torch.strided
     ):
         return None
     if a.dtype != dtype and not (

@@ -1,8 +1,9 @@
 """Inputs, the one tolerance rule and the checks that judge every backend: for anyone to use.
 
-`check_backend(backend, case)` runs a backend's forward and backward on poisoned, fenced memory and
-compares y, P, dx, da and db with the float64 oracle. `CASES` together tell a right backend from one
-that writes zeros, skips a block, drops the scaling, truncates the rank or shifts the dropout mask.
+`check_backend(backend, case)` runs a backend's forward and backward on poisoned memory between
+red zones and compares y, P, dx, da and db with the float64 oracle. `CASES` together tell a right
+backend from one that writes zeros, skips a block, drops the scaling, truncates the rank or shifts
+the dropout mask.
 `audit(model, step)` judges every LoRA layer of a whole model the same way, whoever wrote it.
 """
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.fence import Fence
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
 from lora_kernels.ops.lora_linear.philox import keep_mask
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
+from lora_kernels.redzone import RedZones
 
 if TYPE_CHECKING:
     from lora_kernels.audit import audit as audit
@@ -267,9 +268,9 @@ def check_backend(
         AssertionError: on the first result of wrong shape, dtype or value.
     """
     inputs, pristine = (change(make_inputs(case, device)) for _ in range(2))
-    with poisoned_memory(), Fence() as fence:
+    with poisoned_memory(), RedZones() as zones:
         results = run_backend(backend, case, inputs)
-    fence.check()
+    zones.check()
     results = results.copied()  # what is written later is too late
 
     exact = pristine if is_large(case) else change(make_inputs(case))

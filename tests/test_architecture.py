@@ -41,7 +41,7 @@ LAYERS = (
     {f"{QUALIFY}.ranks"},
     {f"{QUALIFY}.record"},
     {
-        *(f"lora_kernels.{name}" for name in ("dispatch", "extension", "fence", "output")),
+        *(f"lora_kernels.{name}" for name in ("dispatch", "extension", "output", "redzone")),
         QUALIFY,
     },
 )

@@ -1,4 +1,4 @@
-"""Memory that shows what nobody wrote and what was written beside it."""
+"""Red zones: bytes around what is allocated, which show what is written beside it."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ _EMPTY = (
 )
 
 
-class Fence(TorchDispatchMode):
-    """While it is entered, `torch.empty` and its kin return NaN between two fences of bytes.
+class RedZones(TorchDispatchMode):
+    """While it is entered, `torch.empty` and its kin return NaN between two red zones.
 
-    A tensor that is not dense, or of bool, is left alone. What was given out stays alive with the
-    fence, and `check` looks at all of it.
+    A tensor that is not dense, or of bool, is left alone. What was given out stays alive with
+    this, and `check` looks at all of it.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class Fence(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        return self._fenced(result) if func in _EMPTY else result
+        return self._between(result) if func in _EMPTY else result
 
-    def _fenced(self, plain: Tensor) -> Tensor:
+    def _between(self, plain: Tensor) -> Tensor:
         size = plain.numel() * plain.element_size()
         dense = plain.layout == torch.strided and plain.untyped_storage().nbytes() == size
         if not dense or plain.dtype == torch.bool or plain.device.type == "meta":
@@ -46,7 +46,7 @@ class Fence(TorchDispatchMode):
         return given
 
     def check(self) -> None:
-        """Assert that no byte of a fence was written to."""
+        """Assert that no byte of a red zone was written to."""
         for buffer, given in self._held:
             whole = all((side == _BYTE).all() for side in (buffer[:_WIDTH], buffer[-_WIDTH:]))
             assert whole, f"something was written beside a new tensor of {tuple(given.shape)}"

@@ -73,6 +73,8 @@ def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
         or x.is_nested
         or x.layout is not torch.strided
         or weight.layout is not torch.strided
+        or a.layout is not torch.strided
+        or b.layout is not torch.strided
     ):
         return None
     if a.dtype != dtype and not (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels.peft.layer import Fused
 from lora_kernels.peft.parts import Frozen, replaced
+from lora_kernels.peft.small import fewer_rows
 
 # The forwards, of which one is the class's at a time, that multiply by `dequantize()`.
 _EXACT = (
@@ -20,8 +21,6 @@ _EXACT = (
     "forward_pytorch",
     "forward_pytorch_compile",
 )
-
-
 # Of PEFT's time, forward and backward, on a CPU: 0.78-0.98 from 256 rows on, up to 1.09 at 64.
 FEW_ROWS = 256
 
@@ -39,11 +38,10 @@ class FusedHqqLinear(Fused, HqqLoraLinear):
         if type(base).forward not in [vars(HQQLinear)[name] for name in _EXACT]:
             return f"HQQ computes by {HQQLinear.backend}, not by plain PyTorch"
         reason = replaced("base layer", base)
+        if reason is None and x is not None and x.is_cpu:
+            reason = fewer_rows(x, FEW_ROWS)
         if reason:
             return reason
-
-        if x is not None and x.is_cpu and x.numel() < FEW_ROWS * base.in_features:
-            return f"x has fewer than {FEW_ROWS} rows, for which PEFT's code is faster on a CPU"
 
         def dense(dtype: torch.dtype) -> Tensor:
             return base.dequantize().to(dtype)

@@ -34,8 +34,8 @@ from lora_kernels.peft.parts import (
 )
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
-from lora_kernels.peft.small import few_rows, is_small, on_a_cpu, too_few
-from lora_kernels.peft.usual import compose, usual, usual_parts
+from lora_kernels.peft.small import compose, few_rows, is_small, on_a_cpu, too_few
+from lora_kernels.peft.usual import usual, usual_parts
 from lora_kernels.saved_input import needs_a_copy, on_a_copy
 
 

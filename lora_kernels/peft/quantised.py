@@ -16,7 +16,7 @@ from lora_kernels.peft.parts import Frozen, kind, not_plain, parameter
 
 _4BIT = (bnb.nn.LinearFP4, bnb.nn.LinearNF4, bnb.nn.Linear4bit)
 # On a GPU, bitsandbytes multiplies by the 4-bit weight itself up to some number of rows.
-_FEW_ROWS = 64
+_PACKED_ROWS = 64
 
 
 class FusedLinear4bit(Fused, Linear4bit):
@@ -41,7 +41,7 @@ class FusedLinear4bit(Fused, Linear4bit):
             return "base weight is repacked for inference on this CPU, which passes no gradient"
         if x is not None and not layer.training and not torch.is_grad_enabled():
             return "in inference bitsandbytes may multiply by the 4-bit weight itself"
-        if x is not None and x.is_cuda and x.numel() <= _FEW_ROWS * base.in_features:
+        if x is not None and x.is_cuda and x.numel() <= _PACKED_ROWS * base.in_features:
             return "for a few rows bitsandbytes multiplies by the 4-bit weight itself"
         dtype = base.compute_dtype
         if not base.compute_type_is_set or dtype is None:  # then x decides

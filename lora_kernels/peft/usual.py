@@ -7,8 +7,7 @@ again the caches hold the others'. So the usual answer is looked for first, with
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, FP32_MAX, PLAIN_TYPES
@@ -87,25 +86,6 @@ def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
     if type(scaling) not in _NUMBERS or not abs(scaling) <= FP32_MAX or dropout_p >= 1:
         return None
     return weight, bias, a, b, scaling, dropout_p, dtype
-
-
-def compose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
-    """Return what PEFT's code would, to the bit, by its operators without its modules."""
-    y = F.linear(x, weight, bias)
-    if x.dtype != lora_a.dtype:
-        x = x.to(lora_a.dtype)
-    if dropout_p:
-        x = F.dropout(x, dropout_p)
-    z = y + F.linear(F.linear(x, lora_a), lora_b) * scaling
-    return z if z.dtype == y.dtype else z.to(y.dtype)
 
 
 def _fits(bias: Any, dtype: torch.dtype, autocast: torch.dtype | None) -> bool:

@@ -13,7 +13,7 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 RESULTS ?= runs/gpu
 CPP = $(shell find csrc tests/ptx_machine -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo initialisation test test-ptx lint format bench bench-compare gpu gpu-quick clean help
+.PHONY: demo initialisation test test-ptx lint format bench bench-compare gpu gpu-quick has-torch clean help
 
 help:  ## Show the commands.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -51,13 +51,15 @@ bench-compare: $(READY)  ## Fail if this tree is slower than BASE, a results fil
 	@test -n '$(BASE)' || { echo 'make bench-compare: name what to compare with, BASE=...' >&2; exit 2; }
 	$(RUN) -m bench.compare $(BASE) $(NEW) $(if $(K),-k "$(K)")
 
-gpu:  ## On a GPU machine, offline: build, find what is broken, test, benchmark; all goes to RESULTS.
-	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo 'make $@: $(PYTHON) has no PyTorch; name one that has, PYTHON=...' >&2; exit 2; }
+gpu: has-torch  ## On a GPU machine, offline: build, find what is broken, test, benchmark; all goes to RESULTS.
 	$(PYTHON) -m bench.gpu $(RESULTS)
 
-gpu-quick:  ## On a GPU machine, offline: build, find what is broken and test, in four minutes.
-	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo 'make $@: $(PYTHON) has no PyTorch; name one that has, PYTHON=...' >&2; exit 2; }
+gpu-quick: has-torch  ## On a GPU machine, offline: build, find what is broken and test, in four minutes.
 	$(PYTHON) -m bench.gpu $(RESULTS) --quick
+
+has-torch:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || \
+	  { echo 'make: $(PYTHON) has no PyTorch; name one that has, PYTHON=...' >&2; exit 2; }
 
 clean:  ## Remove what the commands above made.
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

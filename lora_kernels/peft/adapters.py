@@ -6,7 +6,8 @@ import torch
 
 from lora_kernels.peft.dora import dora
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, patched, short
+from lora_kernels.peft.parts import Adapter, Factors, short
+from lora_kernels.peft.patched import patched
 from lora_kernels.peft.variants import bdlora, kasa
 
 # PEFT's variant, and what hands over its factors. MiCA trains something else and is the same.

@@ -11,7 +11,8 @@ from torch import Tensor
 from lora_kernels.distributed import dropout
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, parameter, replaced
+from lora_kernels.peft.parts import Adapter, Factors, parameter
+from lora_kernels.peft.patched import replaced
 from lora_kernels.peft.rows import rescale, row_norms
 from lora_kernels.peft.sharding import out_of_reach
 

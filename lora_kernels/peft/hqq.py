@@ -11,7 +11,8 @@ from peft.tuners.lora.hqq import HqqLoraLinear
 from torch import Tensor
 
 from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, replaced
+from lora_kernels.peft.parts import Frozen
+from lora_kernels.peft.patched import replaced
 from lora_kernels.peft.small import fewer_rows
 
 # The forwards, of which one is the class's at a time, that multiply by `dequantize()`.

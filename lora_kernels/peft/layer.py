@@ -21,17 +21,8 @@ from lora_kernels.peft.adapters import adapter_of, joined
 from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.merging import ExactMerge
-from lora_kernels.peft.parts import (
-    Adapter,
-    Found,
-    Frozen,
-    computed_in,
-    kind,
-    patched,
-    patched_functions,
-    short,
-    without_ours,
-)
+from lora_kernels.peft.parts import Adapter, Found, Frozen, computed_in, kind, short, without_ours
+from lora_kernels.peft.patched import patched, patched_functions
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach
 from lora_kernels.peft.small import compose, few_rows, is_small, on_a_cpu, too_few

@@ -12,7 +12,8 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import Tensor
 
 from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, kind, not_plain, parameter
+from lora_kernels.peft.parts import Frozen, kind, parameter
+from lora_kernels.peft.patched import not_plain
 
 _4BIT = (bnb.nn.LinearFP4, bnb.nn.LinearNF4, bnb.nn.Linear4bit)
 # On a GPU, bitsandbytes multiplies by the 4-bit weight itself up to some number of rows.

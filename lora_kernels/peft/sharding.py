@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES
-from lora_kernels.peft.parts import kind, not_plain
+from lora_kernels.peft.parts import kind
+from lora_kernels.peft.patched import not_plain
 
 _FSDP = "torch.distributed.fsdp."
 

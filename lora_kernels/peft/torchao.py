@@ -11,7 +11,8 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor
 
 from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, kind, not_plain, parameter
+from lora_kernels.peft.parts import Frozen, kind, parameter
+from lora_kernels.peft.patched import not_plain
 
 # Columns of W for each row of x, below which keeping W is not slower than making it twice. On a
 # CPU, forward and backward took of PEFT's time, at N = K = 576 and 1536, fp32 and bf16:

@@ -11,7 +11,8 @@ from torch import nn
 
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, FP32_MAX, PLAIN_TYPES
-from lora_kernels.peft.parts import Adapter, Found, Frozen, altered, computed_in, patched
+from lora_kernels.peft.parts import Adapter, Found, Frozen, computed_in
+from lora_kernels.peft.patched import altered, patched
 
 
 def usual(layer: Any, x: Any) -> Found | None:

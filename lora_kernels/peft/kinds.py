@@ -105,15 +105,15 @@ def fused_class(layer: Any) -> Any:
     own = wrapped_by_fsdp(type(layer))
     if issubclass(own, Fused):
         return own if "plain" in vars(own) else None
-    return registered(KINDS, own)
+    return _registered(KINDS, own)
 
 
 def base_of(own: type) -> Any:
     """Return the function that says what a base layer of this very type hands over, or None."""
-    return registered(BASES, own)
+    return _registered(BASES, own)
 
 
-def registered(table: dict[str, str], own: type) -> Any:
+def _registered(table: dict[str, str], own: type) -> Any:
     """Return what a table of paths names for a type, or None."""
     path = table.get(f"{own.__module__}.{own.__qualname__}")
     if path is None:

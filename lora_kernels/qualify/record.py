@@ -320,7 +320,7 @@ def find(here: Mapping[str, Any]) -> Record | str:
         RuntimeError: `LORA_KERNELS_RECORD` pins a file that cannot serve here.
     """
     if (path := pinned()) is not None:
-        return _pinned(path, here)
+        return _read_pinned(path, here)
     record = kept(here)
     if isinstance(record, Record):
         return record
@@ -354,7 +354,7 @@ def _read(path: Path) -> Record | str:
         return f"{path} cannot be used: {error}"
 
 
-def _pinned(path: Path, here: Mapping[str, Any]) -> Record:
+def _read_pinned(path: Path, here: Mapping[str, Any]) -> Record:
     if not path.is_file():
         raise RuntimeError(f"LORA_KERNELS_RECORD={path} is no file")
     record = _read(path)

@@ -21,7 +21,7 @@ from distributed import (
     tokens,
 )
 from distributed import cluster as cluster
-from test_distributed_tp import dropped, parallel
+from tensor_parallel import dropped, parallel, same_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -77,11 +77,8 @@ def agree(rank: int, way: str, shape: Shape, when: str) -> None:
             fuse_all(model)
         return model
 
-    def whole(model: nn.Module, batch: Tensor) -> Tensor:
-        return loss_of(model, tokens())
-
     shares_batch = way != "over tp" or shape == (2, 1)
-    compare(rank, wrapped, calls=LAYERS, run=loss_of if shares_batch else whole)
+    compare(rank, wrapped, calls=LAYERS, run=loss_of if shares_batch else same_batch)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

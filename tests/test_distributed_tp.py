@@ -1,7 +1,5 @@
 """Tensor parallelism by PyTorch's and by transformers' own plans, on local shards."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ from distributed import (
 from distributed import cluster as cluster
 from peft import LoraConfig, get_peft_model
 from peft_models import fp64, peft_model, x_for
+from tensor_parallel import ROWS, dropped, parallel, same_batch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -38,33 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from lora_kernels.ops.lora_linear import reference
-from lora_kernels.ops.lora_linear.philox import drop, keep_mask
 from lora_kernels.peft import fuse
 from lora_kernels.testing import assert_accurate
-
-COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-ROWS = ("o_proj", "down_proj")
-
-
-def parallel(model: Any, mesh: DeviceMesh | None = None) -> Any:
-    """Share out every linear layer as PyTorch's documentation does, adapters included."""
-    mesh = mesh or init_device_mesh("cpu", (RANKS,))
-    for layer in model.base_model.model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            plan: dict[str, Any] = {}
-            for name in [n for n in COLUMNS if hasattr(block, n)]:
-                plan[f"{name}.base_layer"] = ColwiseParallel()
-                plan[f"{name}.lora_B.default"] = ColwiseParallel()
-            for name in [n for n in ROWS if hasattr(block, n)]:
-                plan[f"{name}.base_layer"] = RowwiseParallel()
-                plan[f"{name}.lora_A.default"] = RowwiseParallel()
-            parallelize_module(block, mesh, plan)
-    return model
-
-
-def same_batch(model: nn.Module, batch: Tensor) -> Tensor:
-    return loss_of(model, tokens())
 
 
 def by_torch(rank: int, when: str, bias: bool) -> dict[str, Tensor]:
@@ -205,28 +179,6 @@ def test_a_layer_reduces_as_often_as_unfused(
 # --- Dropout -------------------------------------------------------------------------------------
 
 P = 0.4
-
-
-@contextlib.contextmanager
-def seen_masks() -> Iterator[list[Tensor]]:
-    """Record the mask of every tile that is dropped from."""
-    masks: list[Tensor] = []
-
-    def watched(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> Any:
-        masks.append(keep_mask(seed, p, rows, columns))
-        return drop(seed, p, rows, columns, *tiles)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "drop", watched)
-        yield masks
-
-
-def dropped(model: nn.Module, run: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Return the masks of a fused model's step and its gradients, from one torch seed."""
-    torch.manual_seed(7)
-    with seen_masks() as masks:
-        run(model)
-    return masks, gradients(model)
 
 
 def dropping(checkpointed: bool) -> Any:

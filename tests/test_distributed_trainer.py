@@ -18,10 +18,10 @@ pytest.importorskip("peft")
 from distributed import LAYERS, RANKS, Cluster, clean, counted, fuse_all
 from distributed import cluster as cluster
 from peft_models import bf16, llama
-from test_trainers import STEPS, losses, trainer
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from trainers import STEPS, losses, trainer
 from transformers import TrainerCallback
 
 accelerate = pytest.importorskip("accelerate")

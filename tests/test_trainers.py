@@ -19,35 +19,10 @@ from peft_models import calls_of_lora_linear, llama
 from peft_models import one_thread as one_thread
 from torch._dynamo.utils import counters
 from torchrun import torchrun
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from trainers import LAYERS, STEPS, arguments, losses, tokens, trainer
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from lora_kernels.peft import fuse
-
-LAYERS, STEPS = 14, 4
-
-
-def tokens(count: int = 16, length: int = 12) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(4, 64, (count, length), generator=generator).tolist()
-
-
-def arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> Any:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": False,
-        "seed": 3,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    } | options
-    return kind(**options)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +35,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words_of, eos_token="<end>", pad_token="<end>", unk_token="<unknown>"
     )
-
-
-def trainer(model: nn.Module, folder: Path, **options: Any) -> Trainer:
-    data = [{"input_ids": row, "labels": row} for row in tokens()]
-    return Trainer(model, arguments(folder, **options), train_dataset=data)
 
 
 def sft(model: nn.Module, folder: Path, tokenizer: Any, **options: Any) -> Trainer:
@@ -97,10 +67,6 @@ def dpo(model: nn.Module, folder: Path, tokenizer: Any, **options: Any) -> Train
 def base_of_llama() -> nn.Module:
     """The model of `llama()` before PEFT."""
     return llama().unload()
-
-
-def losses(of: Trainer) -> list[float]:
-    return [entry["loss"] for entry in of.state.log_history if "loss" in entry]
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:

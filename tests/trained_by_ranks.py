@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from peft_models import llama
-from test_trainers import LAYERS, losses, trainer
 from torch import Tensor
+from trainers import LAYERS, losses, trainer
 from transformers import Trainer
 
 from lora_kernels.peft import fuse

@@ -222,7 +222,7 @@ def test_a_side_stream_waits_for_what_the_default_one_computed(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stand-in sees a synchronisation that is left out."""
-    monkeypatch.setattr(checks, "_synchronize", lambda device: None)
+    monkeypatch.setattr(checks, "synchronize", lambda device: None)
     outcomes(gpu, planted(gpu, right), "side by side")
     assert gpu.mistakes
 

@@ -19,7 +19,7 @@ from lora_kernels.ops.lora_linear import reference
 from lora_kernels.ops.lora_linear.operands import Forward
 from lora_kernels.ops.lora_linear.problem import arch
 from lora_kernels.qualify.guard import guarded
-from lora_kernels.qualify.timing import measure
+from lora_kernels.qualify.timing import measure, synchronize
 from lora_kernels.testing import Case, Inputs, Results
 
 SPEED = "speed"  # how the steps begin that a budget may cut
@@ -248,7 +248,7 @@ def side_by_side(backend: Backend, case: Case, device: torch.device) -> dict[str
     """Run two calls at once, from two threads on two streams, and each alone."""
     inputs = [testing.make_inputs(case, device, seed) for seed in (1, 2)]
     alone = [testing.run_backend(backend, case, each) for each in inputs]
-    _synchronize(device)
+    synchronize(device)
     failed: list[BaseException] = []
 
     def work(each: Inputs, right: Results) -> None:
@@ -273,14 +273,14 @@ def beside_a_hog(backend: Backend, case: Case, device: torch.device) -> dict[str
     """Run a call while products of another stream or thread keep the device busy."""
     inputs = testing.make_inputs(case, device)
     alone = testing.run_backend(backend, case, inputs)
-    _synchronize(device)
+    synchronize(device)
     stop = threading.Event()
 
     def hog() -> None:
         with _stream(device):
             while not stop.is_set():
                 _keep_busy(device)
-                _synchronize(device)
+                synchronize(device)
 
     thread = threading.Thread(target=hog)
     thread.start()
@@ -298,14 +298,14 @@ def in_order(backend: Backend, case: Case, device: torch.device) -> dict[str, An
     inputs = testing.make_inputs(case, device)
     right = testing.run_backend(backend, case, inputs)
     late = testing.make_inputs(case, device, seed=1)._replace(seed=inputs.seed)
-    _synchronize(device)
+    synchronize(device)
     with _stream(device):
         _keep_busy(device)
         for there, ready in zip(late, inputs, strict=True):
             if there is not None and ready is not None:
                 there.copy_(ready)
         read = testing.run_backend(backend, case, late).copied()
-    _synchronize(device)
+    synchronize(device)
     _assert_same(read, right)
     return {}
 
@@ -359,11 +359,6 @@ def _assert_same(got: Results, right: Results) -> None:
 def _stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
         yield
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _keep_busy(device: torch.device) -> None:

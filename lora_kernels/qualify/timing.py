@@ -68,11 +68,11 @@ def interleaved(calls: Calls, device: torch.device, seconds: float) -> dict[str,
 
 
 def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
@@ -107,6 +107,7 @@ def _in_graphs(calls: Calls, device: torch.device, seconds: float) -> float | No
     return times["ours"] / times["composition"]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing in flight."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

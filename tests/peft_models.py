@@ -1,6 +1,7 @@
 """Small PEFT models and the two ways to compare them: to the tolerance rule, and to the bit."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import lora_linear
 from lora_kernels.peft import fuse
@@ -43,6 +45,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x + self.down(torch.tanh(self.up(x))))
+
+
+class WithBiases(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(H, K)
+
+
+class Gpt2Block(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(H, K), Conv1D(K, H)
 
 
 def peft_model(
@@ -94,6 +108,62 @@ def assert_close_to_peft(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:
     for name, expected in reference.items():
         assert got[name].dtype == eager[name].dtype, name
         assert_accurate(name, got[name], expected, eager[name])
+
+
+def assert_right(
+    fused: nn.Module,
+    plain: nn.Module,
+    reference: nn.Module,
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    within: torch.dtype | None = None,
+) -> None:
+    """As `assert_close_to_peft`, under autocast to `within`, and every call runs fused.
+
+    Over several draws of x eager's error is what the tolerance takes it for (tests/test_op.py).
+    """
+    draws = [x, x.flip(-1), x.roll(5, -1)]
+    exact = runs(reference, [x.to(fp64) for x in draws])
+    with torch.autocast("cpu", within, within is not None):
+        with calls_of_lora_linear(monkeypatch) as calls:
+            got = runs(fused, draws)
+        eager = runs(plain, draws)
+    assert len(calls) == 2 * len(draws)
+    assert got.keys() == eager.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert got[name].dtype == eager[name].dtype, name
+        assert_accurate(name, got[name], expected, eager[name].to(within or eager[name].dtype))
+
+
+def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
+    """Do as `run` for several x."""
+    results = [run(model, x) for x in draws]
+    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
+
+
+def assert_nothing_dense_is_kept(layer: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each direction makes the dense weight of a quantised layer, and nothing holds it between."""
+    made: list[weakref.ref[Tensor]] = []
+    saved: dict[int, int] = {}
+
+    def remember(frozen: Any) -> Any:
+        def dense(dtype: torch.dtype) -> Tensor:
+            made.append(weakref.ref(weight := frozen.dense(dtype)))
+            return weight
+
+        return frozen._replace(dense=dense)
+
+    original = type(layer).frozen
+    monkeypatch.setattr(type(layer), "frozen", lambda *inputs: remember(original(*inputs)))
+    pack = lambda t: saved.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t
+    x = x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    assert [ref() for ref in made] == [None]
+    m = len(x)
+    assert sum(saved.values()) == (m * K + 4 * K + H * 4 + m * 4) * x.itemsize  # x, A, B, P
+    y.sum().backward()
+    assert [ref() for ref in made] == [None, None]
 
 
 def assert_same_as_peft(fused: nn.Module, plain: nn.Module, x: Tensor, **inputs: Any) -> None:

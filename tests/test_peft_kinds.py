@@ -15,10 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as lora_config
 from peft_models import (
     Block,
+    Gpt2Block,
     H,
     K,
     N,
+    WithBiases,
     add_other,
+    assert_right,
     assert_same_as_peft,
     bf16,
     calls_of_lora_linear,
@@ -32,7 +35,6 @@ from peft_models import (
 from peft_models import one_thread as one_thread
 from torch.utils.checkpoint import checkpoint
 from transformers import FalconConfig, FalconForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import from_peft, fuse, why_not
 from lora_kernels.testing import assert_accurate
@@ -44,18 +46,6 @@ class Alike(nn.Linear):
     """Keeps the forward of `nn.Linear`."""
 
     extra = 1
-
-
-class WithBiases(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Linear(H, K)
-
-
-class Gpt2Block(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = Conv1D(H, K), Conv1D(K, H)
 
 
 class AlikeBlock(Block):
@@ -122,27 +112,6 @@ def both(make: Callable[..., PeftModel], **options: Any) -> tuple[PeftModel, Pef
     return fused, plain
 
 
-def assert_right(
-    fused: nn.Module, plain: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `assert_close_to_peft`, over several draws of x, and every call runs fused."""
-    draws = [x, x.flip(-1), x.roll(5, -1)]
-    with calls_of_lora_linear(monkeypatch) as calls:
-        got = runs(fused, draws)
-    assert len(calls) == 2 * len(draws)
-    eager = runs(plain, draws)
-    exact = runs(copy.deepcopy(plain).to(fp64), [x.to(fp64) for x in draws])
-    assert got.keys() == eager.keys() == exact.keys()
-    for name, expected in exact.items():
-        assert got[name].dtype == eager[name].dtype, name
-        assert_accurate(name, got[name], expected, eager[name])
-
-
-def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
-    results = [run(model, x) for x in draws]
-    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
-
-
 @pytest.mark.parametrize("shape", [(3, 5, K), (7, K)], ids=str)
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +119,7 @@ def test_forward_and_gradients(
     kind: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, plain = both(KINDS[kind], dtype=dtype)
-    assert_right(fused, plain, x_for(plain, *shape), monkeypatch)
+    assert_right(fused, plain, copy.deepcopy(plain).to(fp64), x_for(plain, *shape), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,7 +127,7 @@ def test_forward_and_gradients_all_bf16(kind: str, monkeypatch: pytest.MonkeyPat
     plain = KINDS[kind]().to(bf16)
     fused = copy.deepcopy(plain)
     assert len(fuse(fused).fused) == 2
-    assert_right(fused, plain, x_for(plain), monkeypatch)
+    assert_right(fused, plain, copy.deepcopy(plain).to(fp64), x_for(plain), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,7 +168,7 @@ def test_merge_unmerge_save_and_load(
     fused.unmerge_adapter()
     after = run(fused, x)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert_right(fused, plain, x, monkeypatch)
+    assert_right(fused, plain, copy.deepcopy(plain).to(fp64), x, monkeypatch)
 
 
 SINGLE = [kind for kind in KINDS if not kind.startswith("two")]

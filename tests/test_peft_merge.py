@@ -13,9 +13,18 @@ pytest.importorskip("peft")
 
 from peft import PeftModel
 from peft.tuners.lora import config as lora_config
-from peft_models import Block, H, K, add_other, bf16, fp16, fp32, fp64, peft_model, x_for
+from peft_models import (
+    Gpt2Block,
+    WithBiases,
+    add_other,
+    bf16,
+    fp16,
+    fp32,
+    fp64,
+    peft_model,
+    x_for,
+)
 from peft_models import one_thread as one_thread
-from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.peft import fuse, merge_loss, unfuse
 from lora_kernels.peft.merging import _fingerprint
@@ -24,23 +33,11 @@ from lora_kernels.peft.parts import without_ours
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Already unmerged")
 
 
-class Gpt2Block(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = Conv1D(H, K), Conv1D(K, H)
-
-
 def two_active(**options: Any) -> PeftModel:
     model = peft_model(**options)
     add_other(model)
     model.base_model.set_adapter(["default", "other"])
     return model
-
-
-class WithBiases(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Linear(H, K)
 
 
 KINDS: dict[str, Callable[..., PeftModel]] = {

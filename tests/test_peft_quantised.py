@@ -1,7 +1,6 @@
 """Fused layers over weights that bitsandbytes really quantised, against unfused PEFT."""
 
 import copy
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.lora.bnb import Linear4bit
 from peft_models import (
     Block,
-    H,
     K,
     assert_compiles,
+    assert_nothing_dense_is_kept,
+    assert_right,
     assert_same_as_peft,
     bf16,
     calls_of_lora_linear,
@@ -139,30 +139,6 @@ def test_forward_and_gradients(
     assert_right(fused, plain, reference, x_for(other), monkeypatch)
 
 
-def assert_right(
-    fused: nn.Module,
-    plain: nn.Module,
-    reference: nn.Module,
-    x: Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Over several draws eager's error is what the tolerance takes it for (tests/test_op.py).
-    draws = [x, x.flip(-1), x.roll(5, -1)]
-    with calls_of_lora_linear(monkeypatch) as calls:
-        got = runs(fused, draws)
-    assert len(calls) == 2 * len(draws)
-    eager, exact = runs(plain, draws), runs(reference, [x.to(fp64) for x in draws])
-    assert got.keys() == eager.keys() == exact.keys()
-    for key, expected in exact.items():
-        assert got[key].dtype == eager[key].dtype, key
-        assert_accurate(key, got[key], expected, eager[key])
-
-
-def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
-    results = [run(model, x) for x in draws]
-    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
-
-
 @pytest.mark.parametrize("shape", [(7, K), (K,), (0, K), (2, 3, 4, K)], ids=str)
 @pytest.mark.parametrize("name", ["nf4 nested", "int8"])
 def test_shapes(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,27 +200,7 @@ def test_nothing_dense_lives_between_forward_and_backward(
 ) -> None:
     layer = model(name, dtype, dtype, dtype).base_model.model.up
     fuse(layer)
-    made, saved = [], {}
-
-    def remember(frozen: Any) -> Any:
-        def dense(dtype: torch.dtype) -> Tensor:
-            made.append(weakref.ref(weight := frozen.dense(dtype)))
-            return weight
-
-        return frozen._replace(dense=dense)
-
-    own = type(layer)
-    original = own.frozen
-    monkeypatch.setattr(own, "frozen", lambda *inputs: remember(original(*inputs)))
-    pack = lambda t: saved.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t
-    m = 6
-    x = x_for(dtype, m, K).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    assert [ref() for ref in made] == [None]
-    assert sum(saved.values()) == (m * K + 4 * K + H * 4 + m * 4) * dtype.itemsize  # x, A, B, P
-    y.sum().backward()
-    assert [ref() for ref in made] == [None, None]
+    assert_nothing_dense_is_kept(layer, x_for(dtype, 6, K), monkeypatch)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +14,12 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import (
     Block,
-    H,
     K,
     assert_compiles,
+    assert_nothing_dense_is_kept,
+    assert_right,
     assert_same_as_peft,
     bf16,
-    calls_of_lora_linear,
     fp32,
     fp64,
     randomise,
@@ -29,7 +28,6 @@ from peft_models import (
 from peft_models import one_thread as one_thread
 
 from lora_kernels.peft import fuse, unfuse, why_not
-from lora_kernels.testing import assert_accurate
 
 TORCHAO, HQQ = (importlib.util.find_spec(name) is not None for name in ("torchao", "hqq"))
 
@@ -136,32 +134,13 @@ def x_for(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*(shape or (4, 6, K)), generator=generator, dtype=fp64).to(dtype)
 
 
-def runs(peft: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
-    results = [run(peft, x) for x in draws]
-    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
-
-
-def assert_right(
-    fused: Any, plain: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch, within: Any = None
-) -> None:
-    draws = [x, x.flip(-1), x.roll(5, -1)]  # eager's error is then what the rule takes it for
-    exact = runs(densified(plain), [x.to(fp64) for x in draws])
-    with calls_of_lora_linear(monkeypatch) as calls, torch.autocast("cpu", bf16, bool(within)):
-        got, eager = runs(fused, draws), runs(plain, draws)
-    assert len(calls) == 2 * len(draws)
-    assert got.keys() == eager.keys() == exact.keys()
-    for key, expected in exact.items():
-        assert got[key].dtype == eager[key].dtype, key
-        assert_accurate(key, got[key], expected, eager[key].to(within or eager[key].dtype))
-
-
 @pytest.mark.parametrize("dtypes", [(fp32, fp32), (bf16, bf16), (bf16, fp32)], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_forward_and_gradients(name: str, dtypes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain = (model(name, *dtypes) for _ in range(2))
     assert len(fuse(fused).fused) == 2
-    assert_right(fused, plain, x_for(dtypes[0]), monkeypatch)
-    assert_right(fused, plain, x_for(dtypes[0], 40, K), monkeypatch)
+    assert_right(fused, plain, densified(plain), x_for(dtypes[0]), monkeypatch)
+    assert_right(fused, plain, densified(plain), x_for(dtypes[0], 40, K), monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
@@ -171,7 +150,7 @@ def test_autocast(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         pytest.skip("HQQ's own backward fails there")
     fused, plain = (model(name, dtype, fp32) for _ in range(2))
     assert len(fuse(fused).fused) == 2
-    assert_right(fused, plain, x_for(dtype), monkeypatch, within=bf16)
+    assert_right(fused, plain, densified(plain), x_for(dtype), monkeypatch, within=bf16)
 
 
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
@@ -206,27 +185,7 @@ def test_nothing_dense_lives_between_forward_and_backward(
 ) -> None:
     layer = layers(model(name))[0]
     fuse(layer)
-    made, saved = [], {}
-
-    def remember(frozen: Any) -> Any:
-        def dense(dtype: torch.dtype) -> Tensor:
-            made.append(weakref.ref(weight := frozen.dense(dtype)))
-            return weight
-
-        return frozen._replace(dense=dense)
-
-    original = type(layer).frozen
-    monkeypatch.setattr(type(layer), "frozen", lambda *inputs: remember(original(*inputs)))
-    pack = lambda t: saved.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t
-    m = 20
-    x = x_for(fp32, m, K).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    assert [ref() for ref in made] == [None]
-    assert sum(saved.values()) == (m * K + 4 * K + H * 4 + m * 4) * 4  # x, A, B, P
-    y.sum().backward()
-    assert len(made) == 2
-    assert [ref() for ref in made] == [None, None]
+    assert_nothing_dense_is_kept(layer, x_for(fp32, 20, K), monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:.*erge lora module|.*instantiated without")
@@ -256,7 +215,7 @@ def test_lifecycle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fused.train()
     after = run(fused, x)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert_right(fused, plain, x, monkeypatch)
+    assert_right(fused, plain, densified(plain), x, monkeypatch)
 
     unfuse(fused)
     assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]

@@ -4,14 +4,13 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import lora_linear
@@ -221,25 +220,3 @@ def llama_config(bias: bool = False) -> LlamaConfig:
         attention_bias=bias,
         mlp_bias=bias,
     )
-
-
-def train(model: PeftModel, folder: Path, **options: Any) -> list[float]:
-    tokens = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(1))
-    data = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=2e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        seed=3,
-        **options,
-    )
-    trainer = Trainer(model, arguments, train_dataset=data)
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -29,10 +29,10 @@ from peft_models import (
     fp64,
     randomise,
     run,
-    train,
 )
 from peft_models import one_thread as one_thread
 from torch.utils.checkpoint import checkpoint
+from trainers import train
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_kernels.peft import fuse, unfuse, why_not

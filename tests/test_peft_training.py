@@ -22,12 +22,12 @@ from peft_models import (
     pair,
     peft_model,
     run,
-    train,
     x_for,
 )
 from peft_models import one_thread as one_thread
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from trainers import train
 
 from lora_kernels.peft import fuse, why_not
 from lora_kernels.testing import assert_accurate

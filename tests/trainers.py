@@ -41,3 +41,10 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> Trainer:
 
 def losses(of: Trainer) -> list[float]:
     return [entry["loss"] for entry in of.state.log_history if "loss" in entry]
+
+
+def train(model: nn.Module, folder: Path, **options: Any) -> list[float]:
+    """Return the losses of six steps."""
+    run = trainer(model, folder, max_steps=6, **options)
+    run.train()
+    return losses(run)

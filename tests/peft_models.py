@@ -134,9 +134,9 @@ def assert_right(
         assert_accurate(name, got[name], expected, eager[name].to(within or eager[name].dtype))
 
 
-def runs(model: nn.Module, draws: list[Tensor]) -> dict[str, Tensor]:
+def runs(model: nn.Module, draws: list[Tensor], **inputs: Any) -> dict[str, Tensor]:
     """Do as `run` for several x."""
-    results = [run(model, x) for x in draws]
+    results = [run(model, x, **inputs) for x in draws]
     return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
 

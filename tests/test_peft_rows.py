@@ -20,6 +20,7 @@ from peft_models import (
     peft_model,
     randomise,
     run,
+    runs,
     x_for,
 )
 from peft_models import one_thread as one_thread
@@ -79,10 +80,10 @@ def both(case: str, **options: Any) -> tuple[PeftModel, PeftModel, dict[str, Any
 def assert_right(fused: nn.Module, plain: nn.Module, x: Tensor, arguments: dict[str, Any]) -> None:
     before = sum(layers_fused(fused))
     draws = [x, x.flip(-1), x.roll(5, -1)]  # eager's error is then what the rule takes it for
-    got, eager = runs(fused, draws, arguments), runs(plain, draws, arguments)
+    got, eager = runs(fused, draws, **arguments), runs(plain, draws, **arguments)
     assert sum(layers_fused(fused)) - before == 2 * len(draws)
     reference = copy.deepcopy(plain).to(fp64)
-    exact = runs(reference, [x.to(fp64) for x in draws], arguments)
+    exact = runs(reference, [x.to(fp64) for x in draws], **arguments)
     assert got.keys() == eager.keys() == exact.keys()
     for name, expected in exact.items():
         assert got[name].dtype == eager[name].dtype, name
@@ -91,11 +92,6 @@ def assert_right(fused: nn.Module, plain: nn.Module, x: Tensor, arguments: dict[
 
 def layers_fused(model: nn.Module) -> list[int]:
     return [counts.get("fused", 0) for counts in fuse(model).calls().values()]
-
-
-def runs(model: nn.Module, draws: list[Tensor], arguments: dict[str, Any]) -> dict[str, Tensor]:
-    results = [run(model, x, **arguments) for x in draws]
-    return {key: torch.stack([result[key] for result in results]) for key in results[0]}
 
 
 @pytest.mark.parametrize("shape", [(6, T, K), (6, K)], ids=str)

@@ -24,10 +24,9 @@ from distributed import (
     tokens,
 )
 from distributed import cluster as cluster
-from peft_models import add_other, fp64, peft_model, run, x_for
+from peft_models import Checkpointed, add_other, fp64, peft_model, run, x_for
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear
 from lora_kernels.distributed import _STEP, dropout, dropout_seed
@@ -106,15 +105,6 @@ def layer() -> LoRALinear:
 
 def x_for_masks() -> Tensor:
     return torch.ones(32, 16, dtype=fp64)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
-        super().__init__()
-        self.inner, self.reentrant = inner, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
 WRAPPERS: dict[str, Any] = {

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("peft")
 
 from peft_models import (
+    Checkpointed,
     K,
     assert_same_as_peft,
     bf16,
@@ -26,7 +27,6 @@ from peft_models import (
 )
 from peft_models import one_thread as one_thread
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from trainers import train
 
 from lora_kernels.peft import fuse, why_not
@@ -93,15 +93,6 @@ def test_dropout_has_the_right_distribution_and_follows_the_seed() -> None:
     )
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, model: nn.Module, reentrant: bool) -> None:
-        super().__init__()
-        self.model, self.reentrant = model, reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.model, x, use_reentrant=self.reentrant)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_redraws_the_same_dropout(reentrant: bool) -> None:
     model = peft_model(lora_dropout=0.4).train()
@@ -111,7 +102,7 @@ def test_checkpointing_redraws_the_same_dropout(reentrant: bool) -> None:
     torch.manual_seed(5)
     got = run(Checkpointed(model, reentrant), x_for(model))
     for name in expected:
-        assert torch.equal(got[name if name in got else f"model.{name}"], expected[name]), name
+        assert torch.equal(got[name if name in got else f"inner.{name}"], expected[name]), name
 
 
 @pytest.mark.usefixtures("process_group")

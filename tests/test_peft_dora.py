@@ -11,13 +11,16 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
 from peft_models import (
+    H,
     K,
     add_other,
+    assert_close_to_peft,
     assert_same_as_peft,
     bf16,
     calls_of_lora_linear,
     fp32,
     fp64,
+    pair,
     peft_model,
     run,
     x_for,
@@ -174,3 +177,13 @@ def test_a_language_model_learns_as_peft_s_does(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 7 * 6
     assert got[-1] < got[0] - 0.05
     assert got == pytest.approx(train(False), rel=1e-4)
+
+
+def test_a_bias_of_b_is_left_to_peft() -> None:
+    """PEFT's configuration forbids it, and its layers add it all the same."""
+    fused, plain = pair(use_dora=True)
+    for model in (fused, plain):
+        lora_b = model.base_model.model.up.lora_B["default"]
+        lora_b.register_parameter("bias", nn.Parameter(torch.ones(H)))
+    assert why_not(fused.base_model.model.up) == "DoRA beside a bias of lora_B"
+    assert_close_to_peft(fused, plain, x_for(plain))

@@ -343,6 +343,18 @@ def test_falcon(monkeypatch: pytest.MonkeyPatch) -> None:
     for got, expected in zip(fused.parameters(), plain.parameters(), strict=True):
         if expected.requires_grad:
             torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    # Its bias is added outside its product, where autocast does not convert it.
+    layer = fused.base_model.model.transformer.h[0].self_attention.dense
+    x = torch.ones(3, 32)
+    for now, reason in ((bf16, "base layer adds a float32 bias to a bfloat16 product"), (None, "")):
+        with torch.autocast("cpu", now or bf16, now is not None):
+            assert (why_not(layer, x) or "") == reason
+            expected = plain.base_model.model.transformer.h[0].self_attention.dense(x)
+            assert layer(x).dtype == expected.dtype
+    layer.base_layer.bias.data = layer.base_layer.bias.data.to(bf16)
+    with torch.autocast("cpu", bf16):
+        assert why_not(layer, x) is None
+        assert layer(x).dtype == bf16
 
 
 @pytest.mark.parametrize(

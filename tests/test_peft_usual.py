@@ -96,7 +96,18 @@ UNUSUAL: dict[str, Callable[[Linear], Any]] = {
     "a bias of B": lambda layer: layer.lora_B["default"].register_parameter(
         "bias", nn.Parameter(torch.ones(H))
     ),
+    "a bias of A": lambda layer: layer.lora_A["default"].register_parameter(
+        "bias", nn.Parameter(torch.ones(4))
+    ),
+    "a sparse A": lambda layer: sparse(layer.lora_A["default"], "weight"),
+    "a sparse B": lambda layer: sparse(layer.lora_B["default"], "weight"),
+    "a sparse bias": lambda layer: sparse(layer.base_layer, "bias"),
 }
+
+
+def sparse(module: nn.Module, name: str) -> None:
+    made = getattr(module, name).detach().to_sparse()
+    module.register_parameter(name, nn.Parameter(made, requires_grad=False))
 
 
 @pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL.keys())
@@ -107,6 +118,51 @@ def test_what_is_not_usual_is_asked_about_in_full(change: Callable[[Linear], Any
     assert FusedLinear.usual(layer, x_for(model, 7, K)) is not None
     change(layer)
     assert FusedLinear.usual(layer, x_for(model, 7, K)) is None
+
+
+def test_a_bias_of_a_is_left_to_peft() -> None:
+    fused, plain = pair()
+    for model in (fused, plain):
+        UNUSUAL["a bias of A"](model.base_model.model.up)
+    x = x_for(plain, 7, K)
+    assert why_not(fused.base_model.model.up, x) == "lora_A has a bias"
+    same_bits(fused.base_model.model.up, plain.base_model.model.up, x)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_nested_x_is_left_to_peft(layout: torch.layout) -> None:
+    fused, plain = pair()
+    x = torch.nested.nested_tensor([torch.ones(2, K), torch.ones(3, K)], layout=layout)
+    layer = fused.base_model.model.up
+    assert "nested" in str(why_not(layer, x)).lower()
+    for got, expected in zip(layer(x), plain.base_model.model.up(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=str)
+def test_a_few_rows_without_an_adapter_are_no_fallback(options: dict[str, Any]) -> None:
+    """An adapter switched on that other layers have alone, or none at all."""
+    plain = peft_model(**options)
+    plain.add_adapter("other", LoraConfig(r=3, target_modules=["down"]))
+    fused = copy.deepcopy(plain)
+    report = fuse(fused, strict=True)
+    for active in ("other", []):
+        for model in (fused, plain):
+            model.base_model.set_adapter(active)
+        same_bits(fused, plain, x_for(plain, 2, K))
+    assert report.calls()["base_model.model.up"] == {"no active adapter": 2}
+
+
+@pytest.mark.parametrize("make", [str, list, tuple, set])
+def test_the_active_adapter_may_be_named_in_any_way(make: Callable[[Any], Any]) -> None:
+    fused, plain = pair()
+    active = "default" if make is str else make(["default"])
+    fused.base_model.model.up._active_adapter = active
+    assert why_not(fused.base_model.model.up, x_for(plain, 7, K)) is None
+    assert_close_to_peft(fused, plain, x_for(plain, 7, K))
 
 
 def same_bits(fused: nn.Module, plain: nn.Module, x: Tensor) -> None:

@@ -22,6 +22,8 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
     found = plain(layer, name, now)
     if isinstance(found, str):
         return found
+    if found.derive is not None and not found.collective:
+        return "DoRA beside a bias of lora_B"
     if layer.ephemeral_gpu_offload:
         return "DoRA's norms are computed on another device (ephemeral_gpu_offload)"
     vectors = layer._modules["lora_magnitude_vector"]._modules[name]

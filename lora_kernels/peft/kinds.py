@@ -26,7 +26,7 @@ KINDS = {
 # Base layers under PEFT's `lora.Linear`, beside `nn.Linear` and subclasses that keep its forward,
 # and the function that says what one hands over, as `Fused.frozen` does.
 BASES = {
-    "transformers.models.falcon.modeling_falcon.FalconLinear": "lora_kernels.peft.linear.dense",
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "lora_kernels.peft.linear.biased",
     "transformers.pytorch_utils.Conv1D": "lora_kernels.peft.linear.transposed",
 }
 

@@ -129,7 +129,7 @@ def find(
             if reason is None and own.usual is Fused.usual:
                 reason = too_few(layer, x)
             if reason:
-                return reason
+                return reason if _active(layer) else calls.NO_ADAPTER
     if args or not ARGUMENTS.issuperset(kwargs):
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
     if layer.disable_adapters:
@@ -139,9 +139,7 @@ def find(
     names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
     if names is not None and x is not None:
         return find_for(layer, own, by_row(layer, x, names, offsets), x)
-    present = layer._modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in present]
-    now = x is not None
+    active, now = _active(layer), x is not None
     if not active:
         return calls.NO_ADAPTER
     if len(active) > 1 and not kwargs and isinstance(x, Tensor) and on_a_cpu(x):
@@ -157,6 +155,12 @@ def find(
             return f"{adapter} (adapter {name!r} of {len(active)} active ones)"
         adapters.append(adapter)
     return find_for(layer, own, joined(adapters), x)
+
+
+def _active(layer: Any) -> list[str]:
+    """Return the active adapters that this layer has."""
+    present = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in present]
 
 
 def _the_one(layer: Any, name: str, x: Tensor | None, offsets: Any) -> Adapter | str:

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from lora_kernels.distributed import if_trained
+from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.peft import kinds
 from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, kind, parameter
+from lora_kernels.peft.parts import Frozen, computed_in, kind, parameter, short
 from lora_kernels.peft.patched import replaced
 from lora_kernels.peft.tensor_parallel import split_of
 from lora_kernels.peft.usual import usual
@@ -41,6 +43,20 @@ def dense(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
     """Return W[N,K] and bias of a layer that computes `x·Wᵀ + bias`."""
     weight = if_trained(parameter(base, "weight"), base, "weight")
     return Frozen(weight, if_trained(parameter(base, "bias"), base, "bias"), weight.dtype)
+
+
+def biased(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
+    """Return W[N,K] and bias of a layer that adds the bias on its own, as `FalconLinear` does.
+
+    Autocast then leaves the bias alone, and y is of the wider dtype.
+    """
+    found: Any = dense(layer, base, x)
+    weight, bias, *_ = found
+    if bias is not None and autocasts(weight):
+        autocast = torch.get_autocast_dtype(weight.device.type)
+        if computed_in(bias.dtype, autocast) != bias.dtype:
+            return f"base layer adds a {short(bias.dtype)} bias to a {short(autocast)} product"
+    return found
 
 
 def transposed(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:

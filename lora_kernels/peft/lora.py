@@ -51,6 +51,8 @@ def plain(
         return reason
     if b.dtype != a.dtype:
         return f"lora_A is {short(a.dtype)}, lora_B {short(b.dtype)}"
+    if lora_a._parameters.get("bias") is not None:
+        return "lora_A has a bias"
     bias = lora_b._parameters.get("bias")
     if bias is None:
         return Adapter(a, b, scaling, dropout_p)

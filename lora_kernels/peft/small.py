@@ -52,6 +52,7 @@ def on_a_cpu(x: Tensor) -> bool:
     return (
         x.is_cpu
         and not _is_compiling()
+        and not x.is_nested  # which has no shape to decide by
         # Ranks that went different ways would wait for one another, or drop the same elements.
         and not (_DISTRIBUTED and dist.is_initialized())
     )

@@ -27,7 +27,7 @@ def usual(layer: Any, x: Any) -> Found | None:
 def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
     """Return W, bias, A, B, s, p and the dtype to compute in: named tuples cost as much again."""
     names, children = layer._active_adapter, layer.__dict__["_modules"]
-    name = names if type(names) is str else names[0] if len(names) == 1 else None
+    name = names if type(names) is str else _only(names)
     first = children["lora_A"]._modules
     if (
         name not in first
@@ -69,6 +69,7 @@ def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
         or dtype not in DTYPES
         or (bias is not None and not _fits(bias, dtype, autocast))
         or b.dtype != a.dtype
+        or lora_a._parameters.get("bias", lora_a) is not None
         or lora_b._parameters.get("bias", lora_b) is not None
         or x.is_nested
         or x.layout is not torch.strided
@@ -89,10 +90,15 @@ def usual_parts(layer: Any, x: Any) -> tuple[Any, ...] | None:
     return weight, bias, a, b, scaling, dropout_p, dtype
 
 
+def _only(names: Any) -> Any:
+    return names[0] if type(names) is list and len(names) == 1 else None
+
+
 def _fits(bias: Any, dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
     return (
         type(bias) in PLAIN_TYPES
         and not bias.requires_grad
+        and bias.layout is torch.strided
         and computed_in(bias.dtype, autocast) == dtype
     )
 

@@ -133,6 +133,33 @@ def test_a_patched_variant_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(fused.base_model.model.up) == "DoraLinearVariant.forward was patched"
 
 
+def replaced_on_the_instance(variant: Any) -> None:
+    own = variant.forward
+    variant.forward = lambda *args, **kwargs: 2 * own(*args, **kwargs)
+
+
+def of_a_class_of_that_name(variant: Any) -> None:
+    own = type(variant)
+    forward = staticmethod(lambda *args, **kwargs: 2 * own.forward(*args, **kwargs))
+    variant.__class__ = type(own.__name__, (own,), {"forward": forward, "__module__": __name__})
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
+@pytest.mark.parametrize("change", [replaced_on_the_instance, of_a_class_of_that_name])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"alora_invocation_tokens": [1]}], ids=str)
+def test_a_variant_of_ones_own_is_honoured(options: Any, change: Callable[[Any], None]) -> None:
+    fused, plain = pair(**options)
+    layers = [model.base_model.model.up for model in (fused, plain)]
+    for layer in layers:
+        change(layer.lora_variant["default"])
+    name = type(layers[0].lora_variant["default"]).__name__
+    assert name in fuse(fused).not_fused["base_model.model.up"]
+    arguments = {"alora_offsets": [5, 5, 5]} if name.startswith("ALora") else {}
+    x = x_for(plain, 3, 5, K)
+    assert name in str(why_not(layers[0], x, **arguments))
+    assert torch.equal(*[layer(x, **arguments) for layer in layers])
+
+
 class LinearHalved(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.peft.dora import dora
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, short
+from lora_kernels.peft.parts import Adapter, Factors, kind, short
 from lora_kernels.peft.patched import patched
 from lora_kernels.peft.variants import bdlora, kasa
 
@@ -35,11 +35,21 @@ def adapter_of(layer: Any, name: str, *, now: bool) -> Adapter | str:
         return f"there is no adapter {name!r} in this layer"
     if name not in layer.lora_variant:
         return plain(layer, name, now)
-    own = type(layer.lora_variant[name])
-    variant = own.__name__
+    given = layer.lora_variant[name]
+    variant = type(given).__name__
     if variant in VARIANTS:
-        return patched(own) or VARIANTS[variant](layer, name, now)
+        return changed(given) or VARIANTS[variant](layer, name, now)
     return ", ".join(filter(None, (f"variant {variant}", _MORE.get(variant))))
+
+
+def changed(variant: Any) -> str | None:
+    """Return why a variant may do more than PEFT's class of that name was defined to, or None."""
+    own = type(variant)
+    if own.__module__ != "peft.tuners.lora.variants":
+        return f"variant {kind(variant)}"
+    if "forward" in variant.__dict__:
+        return f"the forward of {own.__name__} was replaced on the instance"
+    return patched(own)
 
 
 def joined(adapters: list[Adapter]) -> Adapter | str:

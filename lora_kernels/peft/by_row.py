@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.peft import calls
-from lora_kernels.peft.adapters import joined
+from lora_kernels.peft.adapters import changed, joined
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.parts import Adapter, Factors
 
@@ -51,6 +51,8 @@ def by_row(
     adapters = []
     for name in used:
         adapter = plain(layer, name, now=True)
+        if is_alora(layer, name):
+            adapter = changed(layer.lora_variant[name]) or adapter
         if isinstance(adapter, str):
             return f"{adapter} (adapter {name!r}, for some rows)"
         if adapter.derive is not None or (name in layer.lora_variant and not is_alora(layer, name)):

@@ -17,7 +17,7 @@ from lora_kernels.ops.lora_linear import composition, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.ops.lora_linear.validate import DTYPES, PLAIN_TYPES, adapter_dtypes
 from lora_kernels.peft import calls, sharing
-from lora_kernels.peft.adapters import adapter_of, joined
+from lora_kernels.peft.adapters import adapter_of, changed, joined
 from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.merging import ExactMerge
@@ -167,9 +167,9 @@ def _the_one(layer: Any, name: str, x: Tensor | None, offsets: Any) -> Adapter |
     """Return the only active adapter."""
     if not is_alora(layer, name):
         return adapter_of(layer, name, now=x is not None)
-    return (
-        plain(layer, name, now=False) if x is None else by_row(layer, x, [name] * len(x), offsets)
-    )
+    if x is None:
+        return changed(layer.lora_variant[name]) or plain(layer, name, now=False)
+    return by_row(layer, x, [name] * len(x), offsets)
 
 
 def find_for(layer: Any, own: type[Fused], adapter: Adapter | str, x: Tensor | None) -> Found | str:

@@ -23,14 +23,15 @@ lora::Matrix matrix(const py::tuple& pair) {
   return {pair[0].cast<uintptr_t>(), pair[1].cast<int64_t>()};
 }
 
-// (enabled, threshold, key low word, key high word, address of the seed or 0)
+// (enabled, threshold, key low word, key high word, first group, address of the seed or 0)
 lora::Dropout dropout(const py::tuple& values) {
   lora::Dropout result;
   result.enabled = values[0].cast<bool>();
   result.threshold = values[1].cast<uint32_t>();
   result.key_low = values[2].cast<uint32_t>();
   result.key_high = values[3].cast<uint32_t>();
-  result.seed = reinterpret_cast<const uint32_t*>(values[4].cast<uintptr_t>());
+  result.first_group = values[4].cast<uint32_t>();
+  result.seed = reinterpret_cast<const uint32_t*>(values[5].cast<uintptr_t>());
   return result;
 }
 
@@ -96,6 +97,7 @@ void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, cons
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  module.attr("INTERFACE") = 2;  // one more for each change to what these functions take
   module.def("lora_linear_forward", &forward);
   module.def("lora_linear_backward", &backward);
   module.def("why_not", [] {

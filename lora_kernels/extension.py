@@ -12,6 +12,7 @@ from types import ModuleType
 
 # Where setup.py built none, it says why.
 _REASON = Path(__file__).with_name("no_extension.txt")
+_INTERFACE = 2  # csrc/bindings.cpp
 _NO_CPU_REASON = Path(__file__).with_name("no_cpu_extension.txt")
 
 
@@ -21,7 +22,7 @@ def _load() -> ModuleType | ImportError:
         module = importlib.import_module("lora_kernels._C")
     except ImportError as error:
         return error
-    if not hasattr(module, "why_not"):
+    if getattr(module, "INTERFACE", None) != _INTERFACE:
         return ImportError("it is older than this package and must be built anew")
     reason = module.why_not()  # a driver too old, say
     return module if reason is None else ImportError(reason)

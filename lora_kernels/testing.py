@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
-from lora_kernels.ops.lora_linear.philox import keep_mask
+from lora_kernels.ops.lora_linear.philox import is_uneven, keep_mask, mask_columns
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
 from lora_kernels.redzone import RedZones
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     """One call to check: sizes as in `Problem`, s = `scaling`, and which gradients are needed.
 
     `strided` makes every operand a non-contiguous view: transposed, or a slice of something larger.
-    `magnitudes` multiply x, W, A, B and dy.
+    `magnitudes` multiply x, W, A, B and dy. `first_column` is that of an x sliced off a wider one.
     """
 
     m: int
@@ -46,13 +46,14 @@ class Case(NamedTuple):
     needs: tuple[bool, bool, bool] = (True, True, True)
     strided: bool = False
     magnitudes: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    first_column: int | None = None
 
     def problem(self, device: str = "cpu", arch: int | None = None) -> Problem:
         """Return the case as dispatch sees it."""
         adapter_dtype = self.adapter_dtype or self.dtype
         sizes = self.m, self.n, self.k, self.r
-        dropout = self.dropout_p > 0
-        return Problem(*sizes, self.dtype, adapter_dtype, device, arch, self.bias, dropout)
+        mask = self.dropout_p > 0, is_uneven(self.first_column, self.k)
+        return Problem(*sizes, self.dtype, adapter_dtype, device, arch, self.bias, *mask)
 
 
 EXTREME = 65, 72, 136, 24
@@ -72,6 +73,7 @@ CASES = (
     Case(65, 129, 127, 20, bf16, bias=True, dropout_p=0.25),
     Case(65, 129, 127, 20, bf16, fp32, bias=True),
     Case(65, 129, 127, 20, bf16, fp32, dropout_p=0.25),
+    Case(65, 72, 136, 24, bf16, bias=True, dropout_p=0.25, first_column=1000),  # kernels: in eights
     Case(40, 50, 60, 8, needs=(True, False, False)),
     Case(40, 50, 60, 8, needs=(True, False, False), dropout_p=0.5),
     Case(40, 50, 60, 8, needs=(False, True, False)),
@@ -105,7 +107,7 @@ class Inputs(NamedTuple):
     def forward(self, case: Case) -> Forward:
         """Return what `Backend.forward` takes."""
         operands = self.x, self.weight, self.lora_a, self.lora_b, self.bias, self.seed
-        return Forward(*operands, case.scaling, case.dropout_p)
+        return Forward(*operands, case.scaling, case.dropout_p, case.first_column)
 
     def backward(self, case: Case, p: Tensor) -> Backward:
         """Return what `Backend.backward` takes for the gradients that `case` needs."""
@@ -120,6 +122,7 @@ class Inputs(NamedTuple):
             self.seed if need_dx or need_da else None,
             case.scaling,
             case.dropout_p,
+            case.first_column,
         )
 
 
@@ -241,13 +244,14 @@ def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor
     )
     weight, dy = inputs.weight.to(dtype), inputs.dy.to(dtype)
     bias = None if inputs.bias is None else inputs.bias.to(dtype)
-    p, seed = case.dropout_p, inputs.seed
-    y = oracle(x, weight, lora_a, lora_b, case.scaling, bias, dropout_p=p, seed=seed)
+    p, seed, first = case.dropout_p, inputs.seed, case.first_column
+    mask: dict[str, Any] = {"dropout_p": p, "seed": seed, "first_column": first}
+    y = oracle(x, weight, lora_a, lora_b, case.scaling, bias, **mask)
     dx, da, db = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
     # P is what the layer gives for a zero weight and the identity as B, but for the power of two.
     zero, identity = torch.zeros_like(lora_a), torch.eye(case.r, dtype=dtype, device=x.device)
     scaling = split_scaling(case.scaling, p, case.dtype).factor * (1 - p)
-    low_rank = oracle(x, zero, lora_a, identity, scaling, dropout_p=p, seed=seed)
+    low_rank = oracle(x, zero, lora_a, identity, scaling, **mask)
     return {"y": y, "p": low_rank, "dx": dx, "da": da, "db": db}
 
 
@@ -306,7 +310,8 @@ def check_non_finite(
         row = case.m // 2
         keep = torch.ones(1, case.k)
         if inputs.seed is not None:
-            keep = keep_mask(inputs.seed, case.dropout_p, range(row, row + 1), range(case.k))
+            columns = mask_columns(case.first_column, range(case.k))
+            keep = keep_mask(inputs.seed, case.dropout_p, range(row, row + 1), columns)
         inputs.x[row, int(keep[0].nonzero()[-1])] = value
         inputs.dy[case.m // 3, case.n // 2] = value
     results = run_backend(backend, case, inputs)

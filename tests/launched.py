@@ -269,6 +269,19 @@ def test_a_seed_is_passed_from_where_it_is(base: Callable[[], Any], arena: Arena
     assert [launched(arena, call) for call in calls * 2] == fresh * 2
 
 
+@pytest.mark.parametrize("base", [forward_call, backward_call])
+def test_a_slice_of_x_is_launched_with_its_own_mask(base: Callable[[], Any], arena: Arena) -> None:
+    call = base()._replace(dropout_p=0.25, seed=on_cpu(7))
+    calls = [call._replace(first_column=first) for first in (None, 0, 16, 80)]
+    fresh = []
+    for call in calls:
+        backend._kept.clear()
+        fresh.append(launched(arena, call))
+    assert fresh[0] == fresh[1]
+    assert len({launch.function for launch in fresh}) == 3
+    assert [launched(arena, call) for call in calls * 2] == fresh * 2
+
+
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_precision_of_fp32_products_is_read_anew(
     setting: str, arena: Arena, monkeypatch: pytest.MonkeyPatch

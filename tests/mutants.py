@@ -310,6 +310,11 @@ MUTANTS: dict[str, Mutant] = {
     "mask shifted by a row in dx": all_of(
         given(rolled(0, 1, "dy"), "dx"), returned("dx", lambda t, c: t.roll(-1, 0))
     ),
+    **{
+        f"slice begins {what} in {name}": given(with_(first_column=change), name)
+        for name in ("y", "p", "dx", "da")
+        for what, change in (("at 0", None), ("a column late", lambda c: c.first_column + 1))
+    },
     "fp32 operands rounded in y": given(_coarse("x", "weight"), "y"),
     "fp32 operands rounded in p": given(_coarse("x", "lora_a"), "p"),
     "fp32 operands rounded in dx": given(_coarse("dy", "weight"), "dx"),

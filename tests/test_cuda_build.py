@@ -168,7 +168,7 @@ def test_the_extension_loads_without_a_gpu_and_fails_with_a_message() -> None:
         "matrices = [(16, 8)] * 4\n"
         "try:\n"
         "    _C.lora_linear_forward(True, False, 8, 8, 8, 8, *matrices, 0, *matrices[:2], 16,"
-        " (1.0, 1.0), (False, 0, 0, 0, 0), 0)\n"
+        " (1.0, 1.0), (False, 0, 0, 0, 0, 0), 0)\n"
         "except RuntimeError as error:\n"
         "    print(error)\n"
     )

@@ -10,7 +10,7 @@ import torch
 from lora_kernels import extension
 from lora_kernels.dispatch import BackendUnavailable, select
 from lora_kernels.ops.lora_linear import BACKENDS, Problem, cuda, workspace
-from lora_kernels.ops.lora_linear.problem import SLICED
+from lora_kernels.ops.lora_linear.problem import UNEVEN
 from lora_kernels.testing import Case, bf16, fp16, fp32, make_inputs
 
 HOPPER = Problem(4096, 4096, 4096, 16, bf16, bf16, "cuda", 90)
@@ -46,7 +46,7 @@ def _built(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"r": 20}, "TMA needs rows of a multiple of 16 bytes: R=20 is no multiple of 8"),
         ({"k": 4097}, "TMA needs rows of a multiple of 16 bytes: K=4097 is no multiple of 8"),
         ({"n": 4100}, "TMA needs rows of a multiple of 16 bytes: N=4100 is no multiple of 8"),
-        ({"dropout": True, "sliced": True}, SLICED),
+        ({"dropout": True, "uneven": True}, UNEVEN),
         ({"m": 0}, "an empty problem is not supported"),
         ({"k": 0}, "an empty problem is not supported"),
         ({"m": 2**31 - 256}, "a size of nearly 2**31 or more is not supported"),
@@ -66,8 +66,13 @@ def test_an_absent_extension_is_the_last_reason(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (SimpleNamespace(why_not=lambda: "the driver is too old"), "the driver is too old"),
-        (SimpleNamespace(), "it is older than this package"),
+        (
+            SimpleNamespace(
+                INTERFACE=extension._INTERFACE, why_not=lambda: "the driver is too old"
+            ),
+            "the driver is too old",
+        ),
+        (SimpleNamespace(why_not=lambda: None), "it is older than this package"),
     ],
     ids=["driver", "build"],
 )
@@ -99,9 +104,11 @@ def test_only_what_tma_cannot_address_is_copied() -> None:
 
 
 def test_a_seed_becomes_two_words_or_an_address() -> None:
-    assert cuda._dropout(0.0, None) == (False, 0, 0, 0, 0)
+    case = Case(8, 8, 8, 8, bf16, dropout_p=0.25, first_column=48)
+    call = make_inputs(case).forward(case)
+    assert cuda._dropout(call._replace(seed=None)) == (False, 0, 0, 0, 0, 0)
     seed = torch.tensor([5 + 7 * 2**32])
-    assert cuda._dropout(0.25, seed) == (True, 2**14, 5, 7, 0)
+    assert cuda._dropout(call._replace(seed=seed)) == (True, 2**14, 5, 7, 6, 0)
 
 
 def test_the_per_thread_default_stream_is_another_one_in_each_thread(

@@ -177,6 +177,28 @@ def test_slices_of_x_have_their_part_of_its_mask(surrounded: bool, cut: int, see
         assert torch.equal(torch.cat([part[i] for part in parts], dim=1), whole[i])
 
 
+@given(columns=st.integers(0, 400), ranks=st.integers(1, 9))
+@example(columns=64, ranks=8)
+@example(columns=60, ranks=5)
+def test_ranks_of_equal_slices_agree_on_the_backends(columns: int, ranks: int) -> None:
+    """Rank 0 refuses where rank 1 does; db alone reads no mask, whatever stands for its K."""
+    case = Case(5, 8, columns, 4, dropout_p=0.5)
+    seen = set()
+    for rank in range(ranks):
+        part = case._replace(first_column=rank * columns)
+        inputs = make_inputs(part)
+        forward, p = inputs.forward(part), torch.zeros(5, 4)
+        seen |= {forward.problem().uneven, inputs.backward(part, p).problem().uneven}
+        db = inputs.backward(part._replace(needs=(False, False, True)), p)
+        assert not db.problem().uneven
+    assert seen == {columns % 8 != 0}
+
+
+def test_a_whole_x_is_no_slice() -> None:
+    case = Case(5, 7, 9, 4, dropout_p=0.5)
+    assert not make_inputs(case).forward(case).problem().uneven
+
+
 # --- What is computed, and what is not -----------------------------------------------------------
 
 

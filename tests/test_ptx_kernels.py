@@ -15,6 +15,7 @@ from ptx_machine import build, cuda_backend
 from ptx_machine.faults import COMPUTED, FAULTS, Fault, study
 from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel
+from slices import check_slices
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import reference
@@ -162,6 +163,11 @@ def test_the_whole_64_bit_seed_counts_in_cuda(value: int) -> None:
     assert (p - right).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
+def test_slices_of_x_have_their_part_of_its_mask_in_cuda(adapters: torch.dtype) -> None:
+    check_slices(cuda_backend.on(Machine(multiprocessors=6)), bf16, adapters)
+
+
 CUDA_FROZEN = [case for case in FROZEN_CASES if cuda_backend.takes(case.problem())]
 
 
@@ -233,6 +239,7 @@ TRITON_CASES: tuple[tuple[int, TileConfig | None, Case], ...] = (
     (90, PAIRED, Case(72, 72, 136, 16, bf16)),
     # Blocks of rows in several groups; more flags than a CTA clears at once.
     (80, NARROW, Case(4100, 72, 8, 8, bf16)),
+    (90, SMALL, Case(130, 136, 72, 24, bf16, dropout_p=0.3, first_column=504)),
     *(
         (arch, SMALL, Case(136, 72, 264, 24, bf16, dropout_p=0.5, needs=needs))
         for arch, needs in zip((80, 90, 90, 90), SUBSETS, strict=True)
@@ -253,6 +260,14 @@ def on(arch: int, config: TileConfig | None) -> On:
 @pytest.mark.parametrize(("arch", "config", "case"), TRITON_CASES, ids=str)
 def test_the_triton_kernels_are_right(arch: int, config: TileConfig | None, case: Case) -> None:
     judge(on(arch, config), case)
+
+
+@pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_slices_of_x_have_their_part_of_its_mask_in_triton(
+    arch: int, adapters: torch.dtype
+) -> None:
+    check_slices(on(arch, SMALL)(Machine(multiprocessors=6)), bf16, adapters)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

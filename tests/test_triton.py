@@ -250,7 +250,7 @@ def test_large_problems_get_the_largest_tiles_that_do_not_spill() -> None:
         ({"arch": 75}, "8.0 or newer, not 7.5"),
         ({"dtype": torch.float64}, "float64 is not supported"),
         ({"m": 2**30}, "2\\*\\*30"),
-        ({"dropout": True, "sliced": True}, "starts at a later column"),
+        ({"dropout": True, "uneven": True}, "must begin and end at a multiple of 8 columns"),
     ],
 )
 def test_why_not_names_the_reason(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from slices import check_slices
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import forced
@@ -152,6 +153,12 @@ def test_the_mask_is_the_references_bit_for_bit(p: float, seed: int) -> None:
     assert torch.equal(dx != 0, keep)
     assert da is not None
     torch.testing.assert_close(da * (1 - p), keep.sum(0).float().expand(k, k))
+
+
+@pytest.mark.parametrize("first", [0, 1000, 2**31 - 512])
+def test_slices_of_x_have_their_part_of_its_mask(first: int, described: None) -> None:
+    check_slices(backend.BACKEND, torch.float32, torch.float32, first)
+    check_slices(backend.BACKEND, torch.bfloat16, torch.float32, first)
 
 
 @triton.jit
@@ -348,6 +355,8 @@ MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
     "R = 20 in eights": (backend, "in_eights", lambda _: lambda *_: True),
     "mask of dx off by a row": (backward_kernel, "keep_tile", with_argument(0, lambda r: r + 1)),
     "mask of P and da off by a group": (primitives, "keep_tile", with_argument(1, lambda c: c + 8)),
+    "slices of P and da begin at 0": (primitives, "keep_tile", with_argument(6, lambda f: f * 0)),
+    "slices of dx begin at 0": (backward_kernel, "keep_tile", with_argument(6, lambda f: f * 0)),
     "mask inverted": (primitives, "keep_tile", result(lambda keep: keep == 0)),
     "another seed forward": (forward_kernel, "philox_key", result(lambda k: (k[1], k[0]))),
     "another seed backward": (backward_kernel, "philox_key", result(lambda k: (k[1], k[0]))),
@@ -356,6 +365,7 @@ MUTANTS: dict[str, tuple[ModuleType, str, Wrong]] = {
 JUDGES = (
     Case(40, 50, 60, 20, dropout_p=0.5, bias=True, scaling=3.0),
     Case(40, 50, 60, 20, scaling=3.0),
+    Case(40, 50, 64, 20, dropout_p=0.5, first_column=64),
 )
 
 

@@ -15,6 +15,7 @@ struct Dropout {
   bool enabled = false;
   uint32_t threshold = 0;  // an element stays where its 16-bit number is at least this
   uint32_t key_low = 0, key_high = 0;
+  uint32_t first_group = 0;        // of eight columns: where the mask of x starts
   const uint32_t* seed = nullptr;  // two words in device memory that replace the key
 };
 

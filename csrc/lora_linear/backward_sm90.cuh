@@ -104,7 +104,7 @@ LORA_DEVICE void da_item(const BackwardParameters& f, const Dropout& dropout, Pi
   fill_zero(acc);
   if (dropout.enabled) {
     contract<Element, Element, Adapter, kRankTile, Major::kMn, Major::kMn>(
-        acc, pipeline, f.m, PanelMask{dropout, 0, column, kPanel, 0});
+        acc, pipeline, f.m, PanelMask{dropout, 0, dropout.first_group + column / 8, kPanel, 0});
   } else {
     contract<Element, Element, Adapter, kRankTile, Major::kMn, Major::kMn>(acc, pipeline, f.m,
                                                                            NoMask{});
@@ -119,11 +119,12 @@ LORA_DEVICE void mask_accumulators(float (&acc)[kTileN / 2], const Dropout& drop
                                    int column) {
   const int thread = consumer_thread(), lane = thread % 4;
   row += 16 * (thread / 32) + thread % 32 / 4;
+  const uint32_t group = dropout.first_group + column / 8 + lane;
 #pragma unroll
   for (int block = 0; block < kTileN / 8; block += 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t drawn = keep_bits(dropout, row + 8 * half, column / 8 + block + lane);
+      const uint32_t drawn = keep_bits(dropout, row + 8 * half, group + block);
 #pragma unroll
       for (int source = 0; source < 4; ++source) {
         const uint32_t bits = ptx::shuffle_quad(drawn, source) >> (2 * lane);

@@ -58,7 +58,7 @@ LORA_DEVICE void p_item(const ForwardParameters& f, const Dropout& dropout, Pipe
   fill_zero(acc);
   if (dropout.enabled) {
     contract<Element, Element, Adapter, kRankTile, Major::kK, Major::kK>(
-        acc, pipeline, f.k, PanelMask{dropout, row, 0, 0, kPanel});
+        acc, pipeline, f.k, PanelMask{dropout, row, dropout.first_group, 0, kPanel / 8});
   } else {
     contract<Element, Element, Adapter, kRankTile, Major::kK, Major::kK>(acc, pipeline, f.k,
                                                                          NoMask{});

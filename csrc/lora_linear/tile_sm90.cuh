@@ -85,11 +85,14 @@ struct NoMask {
 };
 
 // Zeroes what dropout drops from this warpgroup's panel of x: rows of x from `row`, elements of it
-// from `column`. Each step of the contraction moves on by `row_step` and `column_step`.
+// from the eight columns `group` of its mask. Each step of the contraction moves on by `row_step`
+// and `group_step`.
 struct PanelMask {
   static constexpr bool kActive = true;
   const Dropout& dropout;
-  int row, column, row_step, column_step;
+  int row;
+  uint32_t group;
+  int row_step, group_step;
 
   LORA_DEVICE void apply(uint32_t panel) {
     const int chunk = consumer_thread() % 8;
@@ -97,7 +100,7 @@ struct PanelMask {
     for (int i = consumer_thread() / 8; i < kPanel; i += 16) {
       uint32_t values[4], mask[4];
       const uint32_t address = chunk_address(panel, i, chunk);
-      keep_masks(dropout, row + i, column / 8 + chunk, mask);
+      keep_masks(dropout, row + i, group + chunk, mask);
       ptx::load_shared(address, values);
 #pragma unroll
       for (int j = 0; j < 4; ++j) values[j] &= mask[j];
@@ -106,7 +109,7 @@ struct PanelMask {
     ptx::fence_proxy_async_shared();
     ptx::warpgroup_sync(own_barrier());
     row += row_step;
-    column += column_step;
+    group += group_step;
   }
 };
 

@@ -12,8 +12,8 @@ from lora_kernels import extension
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
-from lora_kernels.ops.lora_linear.philox import LOW, threshold
-from lora_kernels.ops.lora_linear.problem import SLICED, Problem
+from lora_kernels.ops.lora_linear.philox import GROUP, LOW, threshold
+from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -43,8 +43,8 @@ def why_not(problem: Problem) -> str | None:
         if size % unit != 0:
             rows = "TMA needs rows of a multiple of 16 bytes"
             return f"{rows}: {name}={size} is no multiple of {unit}"
-    if p.sliced:
-        return SLICED
+    if p.uneven:
+        return UNEVEN
     if min(p.m, p.n, p.k) == 0:
         return "an empty problem is not supported"
     if max(p.m, p.n, p.k, p.r) >= 2**31 - 256:
@@ -70,7 +70,7 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
             x.dtype == torch.bfloat16, p.dtype == torch.float32, m, n, k, r,
             *map(_matrix, (x, weight, lora_a, lora_b)),
             0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
-            call.scale(), _dropout(call.dropout_p, call.seed), stream,
+            call.scale(), _dropout(call), stream,
         )  # fmt: skip
     return y, p
 
@@ -94,7 +94,7 @@ def backward(call: Backward) -> Gradients:
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, dtype == torch.float32, m, n, k, r,
             *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
-            flags.data_ptr(), call.scale(), _dropout(call.dropout_p, call.seed), stream,
+            flags.data_ptr(), call.scale(), _dropout(call), stream,
         )  # fmt: skip
     return Gradients(dx, da, db)
 
@@ -129,11 +129,13 @@ def _matrix(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
 
 
-def _dropout(p: float, seed: Tensor | None) -> tuple[bool, int, int, int, int]:
-    """Return whether, the threshold, the key's words, and where the seed is if it is on a GPU."""
+def _dropout(call: Forward | Backward) -> tuple[bool, int, int, int, int, int]:
+    """Return whether, the threshold, the key's words, the first counter of a row, and where the
+    seed is if it is on a GPU."""
+    seed, first = call.seed, (call.first_column or 0) // GROUP
     if seed is None:
-        return False, 0, 0, 0, 0
+        return False, 0, 0, 0, 0, 0
     if seed.device.type != "cpu":
-        return True, threshold(p), 0, 0, seed.data_ptr()
+        return True, threshold(call.dropout_p), 0, 0, first, seed.data_ptr()
     key = int(seed)
-    return True, threshold(p), key & LOW, key >> 32 & LOW, 0
+    return True, threshold(call.dropout_p), key & LOW, key >> 32 & LOW, first, 0

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear.philox import is_uneven
 from lora_kernels.ops.lora_linear.problem import Problem, arch
 
 
@@ -36,9 +37,8 @@ class Forward(NamedTuple):
     def problem(self) -> Problem:
         """Return what dispatch decides on; x may still have its leading dimensions."""
         m = self.x.shape[0] if self.x.dim() == 2 else math.prod(self.x.shape[:-1])
-        return Problem.of(
-            m, self.weight, self.lora_a, self.bias, self.dropout_p, self.first_column is not None
-        )
+        uneven = is_uneven(self.first_column, self.weight.shape[1])
+        return Problem.of(m, self.weight, self.lora_a, self.bias, self.dropout_p, uneven)
 
     def scale(self) -> "Scale":
         """Return m and 2ᵉ."""
@@ -82,9 +82,11 @@ class Backward(NamedTuple):
     def problem(self) -> Problem:
         """Return what dispatch decides on."""
         dtypes, device = (self.dy.dtype, self.adapter_dtype()), self.dy.device
-        dropout, sliced = self.dropout_p > 0, self.first_column is not None
-        where = device.type, arch(device)
-        return Problem(*self.sizes(), *dtypes, *where, dropout=dropout, sliced=sliced)
+        m, n, k, r = self.sizes()
+        masked = self.x is not None or self.weight is not None
+        uneven, where = masked and is_uneven(self.first_column, k), (device.type, arch(device))
+        dropout = self.dropout_p > 0
+        return Problem(m, n, k, r, *dtypes, *where, dropout=dropout, uneven=uneven)
 
     def scale(self) -> "Scale":
         """Return m and 2ᵉ."""

@@ -88,6 +88,11 @@ def mask_columns(first: int | None, columns: range) -> range:
     return range(columns.start + first, columns.stop + first) if first else columns
 
 
+def is_uneven(first: int | None, k: int) -> bool:
+    """Return whether a slice of k columns begins or ends within the `GROUP` of a counter."""
+    return first is not None and (first % GROUP != 0 or k % GROUP != 0)
+
+
 def drop(seed: Tensor, p: float, rows: range, columns: range, *tiles: Tensor) -> list[Tensor]:
     """Return tiles of x's shape with the dropped elements times zero, the others as they are.
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 # Why a kernel cannot run a problem.
-SLICED = (
-    "a dropout mask that starts at a later column (tensor parallelism by rows) is not supported"
+UNEVEN = (
+    "a slice of x under dropout (tensor parallelism by rows) must begin and end at a multiple of "
+    "8 columns"
 )
 
 
@@ -30,8 +31,9 @@ class Problem(NamedTuple):
     arch: int | None = 90
     bias: bool = False
     dropout: bool = False
-    # Whether x is a slice of a wider one's columns, with that slice of its mask.
-    sliced: bool = False
+    # Whether x is a slice of a wider one's columns that cuts through a counter's eight. Where it
+    # ends counts, too: ranks of equal slices then see the same, also the one that starts at 0.
+    uneven: bool = False
 
     def __str__(self) -> str:
         where = self.device if self.arch is None else f"{self.device} sm_{self.arch}"
@@ -46,12 +48,12 @@ class Problem(NamedTuple):
         lora_a: Tensor,
         bias: Tensor | None,
         dropout_p: float,
-        sliced: bool = False,
+        uneven: bool = False,
     ) -> "Problem":
         """Describe a call on m tokens."""
         (n, k), r, device = weight.shape, lora_a.shape[0], weight.device
         dtypes, has_bias = (weight.dtype, lora_a.dtype), bias is not None
-        return cls(m, n, k, r, *dtypes, device.type, arch(device), has_bias, dropout_p > 0, sliced)
+        return cls(m, n, k, r, *dtypes, device.type, arch(device), has_bias, dropout_p > 0, uneven)
 
     def flops(self, *, backward: bool = False) -> int:
         """Return the floating-point operations: `2·M·K·N` plus the low-rank path, da and db too."""

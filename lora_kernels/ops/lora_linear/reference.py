@@ -113,6 +113,7 @@ def oracle(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    first_column: int | None = None,
 ) -> Tensor:
     """Compose `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ (+ bias)` from differentiable PyTorch operators.
 
@@ -122,7 +123,7 @@ def oracle(
     dropped = x
     if seed is not None and dropout_p > 0:
         rows, columns = range(x.numel() // max(x.shape[-1], 1)), range(x.shape[-1])
-        keep = keep_mask(seed, dropout_p, rows, columns, x.device)
+        keep = keep_mask(seed, dropout_p, rows, mask_columns(first_column, columns), x.device)
         dropped = x * keep.reshape(x.shape) / (1 - dropout_p)
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
 

@@ -19,8 +19,8 @@ from lora_kernels.ops.lora_linear import schedule
 from lora_kernels.ops.lora_linear.config import TileConfig, in_eights, pick
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
-from lora_kernels.ops.lora_linear.philox import LOW, threshold
-from lora_kernels.ops.lora_linear.problem import SLICED, Problem
+from lora_kernels.ops.lora_linear.philox import GROUP, LOW, threshold
+from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -54,8 +54,8 @@ def why_not(problem: Problem) -> str | None:
         )
     if problem.dtype not in DTYPES:
         return f"{problem.dtype} is not supported".replace("torch.", "")
-    if problem.sliced:
-        return SLICED
+    if problem.uneven:
+        return UNEVEN
     if max(problem.m, problem.n, problem.k, problem.r) >= 2**30:
         return "a size of 2**30 or more is not supported"
     return None
@@ -120,7 +120,8 @@ def _plan_forward(call: Forward, tensors: Sequence[Any]) -> _Plan:
     blocks = (c.bm, c.bk), (c.bn, c.bk)
     eights = in_eights(r, call.lora_b.stride(0))
     sizes = m, n, k, r, *strides, bias_n
-    return _plan(lora_linear_forward, c, problem, tensors, blocks, ends, sizes, eights)
+    first = _first_group(call)
+    return _plan(lora_linear_forward, c, problem, tensors, blocks, ends, sizes, eights, first)
 
 
 def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
@@ -133,7 +134,8 @@ def _plan_backward(call: Backward, tensors: Sequence[Any]) -> _Plan:
     blocks = (c.bm, c.bk), (c.bm, c.bk), (c.bk, c.bn)
     eights = in_eights(r, tensors[4].stride(0))
     sizes = m, n, k, r, *strides
-    return _plan(lora_linear_backward, c, problem, tensors, blocks, ends, sizes, eights)
+    first = _first_group(call)
+    return _plan(lora_linear_backward, c, problem, tensors, blocks, ends, sizes, eights, first)
 
 
 def _plan(
@@ -145,6 +147,7 @@ def _plan(
     ends: Sequence[int],
     sizes: Sequence[int],
     eights: bool,
+    first_group: int,
 ) -> _Plan:
     """Return the plan of a launch that reads its first tensors by `blocks`."""
     debug = DEBUG
@@ -156,9 +159,9 @@ def _plan(
         (*ends, *sizes),
         _descriptors(tensors, blocks, problem),
         {
-            "DROPOUT": problem.dropout, "PRECISION": _precision(problem.dtype), "EIGHTS": eights,
-            "DEBUG": debug, "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs,
-            "GROUP": c.group,
+            "DROPOUT": problem.dropout, "FIRST": first_group,
+            "PRECISION": _precision(problem.dtype), "EIGHTS": eights, "DEBUG": debug,
+            "BM": c.bm, "BN": c.bn, "BK": c.bk, "BR": c.br, "BS": c.bs, "GROUP": c.group,
         },
         {
             "num_warps": c.warps, "num_stages": c.stages, "debug": debug,
@@ -198,7 +201,8 @@ def _launch(
     # A seed on the CPU becomes two numbers, one on the device is read by the kernel: no waiting.
     seed_ptr = seed if seed is not None and seed.is_cuda else None
     key = (
-        plan_of, device, seed is None, seed_ptr is None, _precision(tensors[0].dtype),
+        plan_of, device, seed is None, seed_ptr is None, _first_group(call),
+        _precision(tensors[0].dtype),
         DEBUG, pick, _has_tma, _ctas,
         *[
             None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
@@ -269,6 +273,11 @@ def _ctas(items: int, config: TileConfig, device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the interpreter runs one program after another
     return min(items, config.ctas * _multiprocessors(device))
+
+
+def _first_group(call: Forward | Backward) -> int:
+    """Return the counter that draws the first columns of x."""
+    return (call.first_column or 0) // GROUP
 
 
 def _mask(dropout_p: float, seed: Tensor | None, seed_ptr: Tensor | None) -> tuple[int, int, int]:

@@ -63,7 +63,7 @@ def _low_rank(
 def _dx_tile(
     item, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr, dx_ptr, workspace_ptr,
     m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper, threshold, key_low, key_high,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
+    DROPOUT: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,8 @@ def _dx_tile(
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
         keep = keep_tile(
-            row + tl.arange(0, BM), col, threshold, not_hoisted(key_low), not_hoisted(key_high), BN
+            row + tl.arange(0, BM), col, threshold, not_hoisted(key_low), not_hoisted(key_high), BN,
+            FIRST,
         )  # fmt: skip
         acc = tl.where(keep, acc, 0.0)
     acc = contract(
@@ -101,7 +102,7 @@ def _gradient_item(
     item, wide_ptr, wide_desc, narrow_ptr, out_ptr,
     m, c, r, wide_m, wide_c, out_c, out_r, upper, threshold, key_low, key_high,
     PRECISION: tl.constexpr, DROP: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
     """Write `out[BK, BR] = upper·wideᵀ·narrow`, over all of M in order: no other item adds to it.
 
@@ -111,7 +112,7 @@ def _gradient_item(
     skinny_item(
         wide_ptr, narrow_ptr, out_ptr, wide_desc, column_block * BK, rank_tile * BR, c, r, m,
         wide_c, wide_m, r, 1, out_c, out_r, upper, threshold, key_low, key_high,
-        PRECISION, DROP, BK, BR, BM, L_FLIP=True,
+        PRECISION, DROP, BK, BR, BM, L_FLIP=True, FIRST=FIRST,
     )  # fmt: skip
 
 
@@ -126,7 +127,8 @@ def lora_linear_backward(
     q_end, db_end, dx_end, end, m, n, k, r,
     dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
     scale, lower, upper, threshold, key_low, key_high,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr, DEBUG: tl.constexpr,
+    DROPOUT: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
+    DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -157,14 +159,14 @@ def lora_linear_backward(
                 dx_ptr, workspace_ptr,
                 m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper,
                 threshold, key_low, key_high,
-                DROPOUT, PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
+                DROPOUT, FIRST, PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
             )  # fmt: skip
         else:
             wait(workspace_ptr + ALL_READY, q_end, ticket, DEBUG)
             _gradient_item(
                 ticket - dx_end, x_ptr, x_desc, q_ptr, da_ptr,
                 m, k, r, x_m, x_k, 1, k, upper, threshold, key_low, key_high,
-                PRECISION, DROP, BM, BK, BR,
+                PRECISION, DROP, BM, BK, BR, FIRST,
             )  # fmt: skip
         ticket = take_ticket(workspace_ptr)
     finish(workspace_ptr, tl.cdiv(m, BM))

@@ -27,7 +27,7 @@ from lora_kernels.ops.lora_linear.triton.primitives import (
 def _p_item(
     item, x_ptr, x_desc, a_ptr, p_ptr, workspace_ptr,
     m, k, r, x_m, x_k, a_r, a_k, scale, threshold, key_low, key_high,
-    DROP: tl.constexpr, PRECISION: tl.constexpr,
+    DROP: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Write `P[BM, BR] = scale·keep(x)·Aᵀ` and release the flag of its rows."""
@@ -35,6 +35,7 @@ def _p_item(
     skinny_item(
         x_ptr, a_ptr, p_ptr, x_desc, row_block * BM, rank_tile * BR, m, r, k,
         x_m, x_k, a_k, a_r, r, 1, scale, threshold, key_low, key_high, PRECISION, DROP, BM, BR, BK,
+        FIRST=FIRST,
     )  # fmt: skip
     publish(workspace_ptr, row_block, COUNT_ALL=False)
 
@@ -78,7 +79,8 @@ def lora_linear_forward(
     p_end, end, m, n, k, r,
     x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r, bias_n,
     scale, lower, upper, threshold, key_low, key_high,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr, DEBUG: tl.constexpr,
+    DROPOUT: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
+    DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +98,7 @@ def lora_linear_forward(
             _p_item(
                 ticket, x_ptr, x_desc, a_ptr, p_ptr, workspace_ptr,
                 m, k, r, x_m, x_k, a_r, a_k, scale, threshold, key_low, key_high,
-                DROP, PRECISION, BM, BK, BR,
+                DROP, FIRST, PRECISION, BM, BK, BR,
             )  # fmt: skip
         else:
             _main_tile(

@@ -43,7 +43,7 @@ def contract(
     threshold, key_low, key_high,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, DROP: tl.constexpr,
     BD: tl.constexpr, L_FLIP: tl.constexpr = False, R_FLIP: tl.constexpr = False,
-    TRANSPOSED: tl.constexpr = False,
+    TRANSPOSED: tl.constexpr = False, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
     """Return `acc + L·Rt` for the tile at (row_start, col_start) of L[rows, depth]·Rt[depth, cols].
 
@@ -75,10 +75,10 @@ def contract(
         else:
             rhs = r_desc.load([start, col_start])
         if DROP == DROP_ROW_IS_M:
-            keep = keep_tile(row, start, threshold, key_low, key_high, BD)
+            keep = keep_tile(row, start, threshold, key_low, key_high, BD, FIRST)
             lhs = tl.where(keep, lhs, 0.0)
         elif DROP == DROP_DEPTH_IS_M:
-            keep = keep_tile(start + d, row_start, threshold, key_low, key_high, BL)
+            keep = keep_tile(start + d, row_start, threshold, key_low, key_high, BL, FIRST)
             lhs = tl.where(tl.trans(keep), lhs, 0.0)
         if FENCE and (l_desc is None or r_desc is None):
             proxy_fence()
@@ -144,6 +144,7 @@ def skinny_item(
     factor, threshold, key_low, key_high,
     PRECISION: tl.constexpr, DROP: tl.constexpr,
     BL: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, L_FLIP: tl.constexpr = False,
+    FIRST: tl.constexpr = 0,
 ):  # fmt: skip
     """Write the tile `factor·drop(L)·Rt` at (row_start, col_start) of out[rows, cols].
 
@@ -162,6 +163,7 @@ def skinny_item(
         row_start, col_start, rows, cols, depth,
         l_row, l_depth, r_depth, r_col, threshold, key_low, key_high,
         OPERAND, PRECISION, True, DROP, BD, L_FLIP=L_FLIP, TRANSPOSED=TRANSPOSED,
+        FIRST=FIRST,
     )  # fmt: skip
     acc *= factor
     if TRANSPOSED:
@@ -180,13 +182,13 @@ def store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col):
 
 
 @triton.jit
-def keep_tile(row, first_column, threshold, key_low, key_high, BC: tl.constexpr):
-    """Return which elements of x[row, first_column : first_column + BC] survive dropout.
+def keep_tile(row, column, threshold, key_low, key_high, BC: tl.constexpr, FIRST: tl.constexpr):
+    """Return which elements of x[row, column : column + BC] survive dropout.
 
-    Bit for bit `philox.keep_mask`; `first_column` and BC are multiples of 8, the elements that
-    one Philox call serves.
+    Bit for bit `philox.keep_mask` from column 8·FIRST; `column` and BC are multiples of 8, the
+    elements that one Philox call serves.
     """
-    group = first_column // 8 + tl.arange(0, BC // 8)
+    group = column // 8 + (FIRST + tl.arange(0, BC // 8))
     c0 = tl.broadcast_to(group[None, :], (row.shape[0], BC // 8)).to(tl.uint32)  # [BL, BC/8]
     c1 = tl.broadcast_to(row[:, None], (row.shape[0], BC // 8)).to(tl.uint32)
     zero = tl.zeros_like(c0)

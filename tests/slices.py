@@ -1,0 +1,42 @@
+"""What the slices of an x give against the whole of it, for every backend."""
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import Backend
+from lora_kernels.ops.lora_linear.philox import keep_mask
+from lora_kernels.testing import Case, Inputs, make_inputs, poisoned_memory, run_backend
+
+K = 136
+
+
+def check_slices(
+    backend: Backend, dtype: torch.dtype, adapter_dtype: torch.dtype, first: int = 1000
+) -> None:
+    """Assert that slices of x have the whole x's results, bit for bit, and thus its mask.
+
+    W is zero, A and B the identity: y and P are then the sums of the slices', of which one alone is
+    not zero, and dx and da theirs side by side. Of small integers every sum is exact. The whole x
+    is one of columns from `first` on.
+    """
+    case = Case(70, K, K, K, dtype, adapter_dtype, dropout_p=0.4, scaling=0.6, first_column=first)
+    drawn, eye = make_inputs(case), torch.eye(K, dtype=adapter_dtype)
+    x, dy = ((2 * t).round() for t in (drawn.x, drawn.dy))
+    weight = torch.zeros(K, K, dtype=dtype)
+    whole = drawn._replace(x=x, weight=weight, lora_a=eye, lora_b=eye, dy=dy)
+
+    def results(start: int, end: int) -> dict[str, Tensor]:
+        x, weight, lora_a = (t[:, start:end].contiguous() for t in whole[:3])
+        part = case._replace(k=end - start, first_column=first + start)
+        with poisoned_memory():
+            inputs: Inputs = whole._replace(x=x, weight=weight, lora_a=lora_a)
+            return run_backend(backend, part, inputs)._asdict()
+
+    right, parts = results(0, K), [results(0, 24), results(24, 96), results(96, K)]
+    assert whole.seed is not None
+    mask = keep_mask(whole.seed, case.dropout_p, range(case.m), range(first, first + K))
+    assert torch.equal(right["p"] != 0, mask & (whole.x != 0))
+    for name in right:
+        found = [part[name] for part in parts]
+        together = torch.cat(found, 1) if name in ("dx", "da") else sum(found)
+        assert torch.equal(together, right[name]), f"{name} of a slice is another"

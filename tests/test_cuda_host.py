@@ -94,11 +94,12 @@ def test_only_what_tma_cannot_address_is_copied() -> None:
     base = torch.randn(32, 64).to(bf16)
     misaligned = torch.randn(32 * 64 + 1).to(bf16)[1:].view(32, 64)
     for kept in (base, base[:, :24], base[:, 8:], base[::2], base[3:]):
-        assert cuda._addressable(kept).data_ptr() == kept.data_ptr()
+        assert cuda._addressed(kept) == ([(kept.data_ptr(), kept.stride(0))], [])
     for copied in (base.t(), base[:, 1:], base[:, ::2], base[:1].expand(8, 64), misaligned):
-        copy = cuda._addressable(copied)
+        read, (copy,) = cuda._addressed(None, copied)
         assert copy.data_ptr() != copied.data_ptr()
         assert copy.data_ptr() % 16 == 0
+        assert read == [(0, 0), (copy.data_ptr(), copy.shape[1])]
         assert copy.is_contiguous()
         assert torch.equal(copy, copied)
 

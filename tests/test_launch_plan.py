@@ -11,7 +11,7 @@ import pytest
 from bench import stub
 
 ROOT = Path(__file__).parents[1]
-MOST = 1.2  # times the host time of the composition, forward and backward
+MOST = 1.2  # times the host time of the composition, forward and backward, launches included
 TRIES = 3  # machines have neighbours, which cost both sides unevenly
 
 pytestmark = pytest.mark.skipif(stub.why_not() is not None, reason=str(stub.why_not()))

@@ -58,20 +58,20 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     An operand whose rows TMA cannot address (columns apart, or a pitch or address that is no
     multiple of 16 bytes) is copied first.
     """
-    x, weight, lora_a, lora_b = map(_addressable, call[:4])
+    x, weight, lora_a, lora_b, bias, *_ = call
     (m, k), (n, _), r = x.shape, weight.shape, lora_a.shape[0]
-    bias = None if call.bias is None else _addressable(call.bias.unsqueeze(0))
+    read, copies = _addressed(x, weight, lora_a, lora_b, None if bias is None else bias[None])
     y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
     device = x.device
     with made_current(device):
         stream = current_stream(device)
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_forward(
-            x.dtype == torch.bfloat16, p.dtype == torch.float32, m, n, k, r,
-            *map(_matrix, (x, weight, lora_a, lora_b)),
-            0 if bias is None else bias.data_ptr(), _matrix(y), _matrix(p), flags.data_ptr(),
+            x.dtype == torch.bfloat16, p.dtype == torch.float32, m, n, k, r, *read[:4],
+            read[4][0], (y.data_ptr(), n), (p.data_ptr(), r), flags.data_ptr(),
             call.scale(), _dropout(call), stream,
         )  # fmt: skip
+    del copies  # the launch is queued: their memory is used again after it
     return y, p
 
 
@@ -80,22 +80,25 @@ def backward(call: Backward) -> Gradients:
     if not any(call.needs):
         return Gradients(None, None, None)
     (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
-    dy, x, weight, lora_a, lora_b, p = (None if t is None else _addressable(t) for t in call[:6])
-    assert dy is not None
-    dtype = call.adapter_dtype()
+    read, copies = _addressed(*call[:6])
+    dy, dtype = call.dy, call.adapter_dtype()
     dx = dy.new_empty(m, k) if need_dx else None
     da = dy.new_empty(r, k, dtype=dtype) if need_da else None
     db = dy.new_empty(n, r, dtype=dtype) if need_db else None
     q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
+    made = [
+        _ABSENT if t is None else (t.data_ptr(), pitch)
+        for t, pitch in ((q, r), (dx, k), (da, k), (db, r))
+    ]
     device = dy.device
     with made_current(device):
         stream = current_stream(device)
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_backward(
-            dy.dtype == torch.bfloat16, dtype == torch.float32, m, n, k, r,
-            *map(_matrix, (dy, x, weight, lora_a, lora_b, p, q, dx, da, db)),
+            dy.dtype == torch.bfloat16, dtype == torch.float32, m, n, k, r, *read, *made,
             flags.data_ptr(), call.scale(), _dropout(call), stream,
         )  # fmt: skip
+    del copies
     return Gradients(dx, da, db)
 
 
@@ -112,21 +115,27 @@ def _words(m: int) -> int:
     return 3 + 2 * -(-m // 256)
 
 
-def _addressable(matrix: Tensor) -> Tensor:
-    """Return `matrix`, or a copy of it that TMA can address."""
-    row_stride, column_stride = matrix.stride()
-    if (
-        column_stride == 1
-        and row_stride >= matrix.shape[1]
-        and row_stride * matrix.element_size() % _ALIGNMENT == 0
-        and matrix.data_ptr() % _ALIGNMENT == 0
-    ):
-        return matrix
-    return matrix.clone(memory_format=torch.contiguous_format)
+_ABSENT = 0, 0
 
 
-def _matrix(matrix: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else (matrix.data_ptr(), matrix.stride(0))
+def _addressed(*matrices: Tensor | None) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    """Return the address and row pitch of each, and the copies among them, which must live on."""
+    found, copies = [], []
+    for matrix in matrices:
+        if matrix is None:
+            found.append(_ABSENT)
+            continue
+        (pitch, step), address = matrix.stride(), matrix.data_ptr()
+        if (
+            step != 1
+            or pitch < matrix.shape[1]
+            or (address | pitch * matrix.element_size()) % _ALIGNMENT != 0
+        ):
+            copy = matrix.clone(memory_format=torch.contiguous_format)
+            copies.append(copy)
+            pitch, address = copy.shape[1], copy.data_ptr()
+        found.append((address, pitch))
+    return found, copies
 
 
 def _dropout(call: Forward | Backward) -> tuple[bool, int, int, int, int, int]:

@@ -17,6 +17,7 @@ from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate, validat
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 _ops = torch.ops.lora_kernels
+_PLAIN = PLAIN_TYPES | {type(None)}
 _NAMES = (AUTO, *(backend.name for backend in BACKENDS))
 
 
@@ -73,9 +74,8 @@ def lora_linear(
         x, weight, lora_a, lora_b, bias = map(_autocast, (x, weight, lora_a, lora_b, bias))
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
-                x, weight, lora_a, lora_b, scaling, bias,
-                dropout_p=dropout_p, seed=seed, first_column=first_column, backend=backend,
-                rebuild=rebuild,
+                x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed,
+                first_column=first_column, backend=backend, rebuild=rebuild,
             )  # fmt: skip
     validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
     validate_options(first_column, rebuild)
@@ -235,7 +235,7 @@ def _backward(
     if where:
         _refuse(backend, where)
         return composition.backward(call)
-    if _is_traced(*[t for t in call[:6] if t is not None]):
+    if _is_traced(*call[:6]):
         _teach()
         return _ops.lora_linear_backward.default(*call, backend, scale)
     if problem is None:
@@ -299,7 +299,7 @@ def _flatten(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(_tokens(x), x.shape[-1])
 
 
-def _is_traced(*tensors: Tensor) -> bool:
+def _is_traced(*tensors: Tensor | None) -> bool:
     """Return whether something watches operators: torch.compile, a dispatch mode, a subclass.
 
     If nothing does, the dispatcher is skipped, which small calls are bound by (README.md).
@@ -307,7 +307,7 @@ def _is_traced(*tensors: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or not PLAIN_TYPES.issuperset(map(type, tensors))
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -20,19 +20,14 @@ VERSION = tuple(int(part) for part in __version__.split(".")[:2])
 NEWEST = (3, 9)  # whose C function has been read
 
 
-class Map(NamedTuple):
-    """The tensor map of a matrix, but for its address."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    layout: tuple[tuple[str, Any], ...]  # of its blocks in shared memory, in Triton's words
+_Map = Callable[[int], tuple[Any, ...]]  # an address to a tensor map, as a kernel takes it
 
 
 class Direct(NamedTuple):
     """A compiled kernel, on its grid."""
 
     run: Callable[[int, list[Any]], None]  # (stream, every argument, tensor maps expanded)
-    maps: tuple[Map | None, ...]
+    maps: tuple[_Map | None, ...]
 
     @classmethod
     def of(cls, compiled: Any, ctas: int, descriptors: Sequence[Any]) -> "Direct | None":
@@ -48,7 +43,7 @@ class Direct(NamedTuple):
             return None
         layouts = iter(metadata.tensordesc_meta or ())
         maps = tuple(
-            None if d is None else Map(tuple(d.shape), tuple(d.strides), _frozen(next(layouts)))
+            None if d is None else _map(tuple(d.shape), tuple(d.strides), _frozen(next(layouts)))
             for d in descriptors
         )
         bind = _bind_generated if VERSION == (3, 6) else _bind
@@ -63,11 +58,11 @@ class Direct(NamedTuple):
     def described(self, addresses: Sequence[int]) -> list[Any]:
         """Return what the descriptors are expanded to, with the matrices at `addresses`."""
         arguments: list[Any] = []
-        for address, described in zip(addresses, self.maps, strict=False):
-            if described is None:
+        for address, encoded in zip(addresses, self.maps, strict=False):
+            if encoded is None:
                 arguments.append(None)
             else:
-                arguments += _encoded(address, described)
+                arguments += encoded(address)
         return arguments
 
 
@@ -102,19 +97,27 @@ def _bind_generated(launcher: Any, compiled: Any, ctas: int) -> Callable[[int, l
     return run
 
 
-@functools.lru_cache(maxsize=4096)
-def _encoded(address: int, described: Map) -> tuple[Any, ...]:
-    """Return a tensor map, shape and strides, as a kernel takes them.
+@functools.lru_cache(maxsize=1024)
+def _map(
+    shape: tuple[int, ...], strides: tuple[int, ...], layout: tuple[tuple[str, Any], ...]
+) -> _Map:
+    """Return what makes a tensor map, shape and strides of a matrix that may lie anywhere.
 
-    A map is a pure function of these facts, so one that is kept is never out of date, whatever
-    becomes of the memory; and it keeps no tensor alive.
+    layout: of its blocks in shared memory, in Triton's words. A map is a pure function of these
+    facts and the address, so one that is kept is never out of date, whatever becomes of the memory;
+    and it keeps no tensor alive. It is looked up by the address alone, as the rest is slow to hash.
     """
-    descriptor = SimpleNamespace(
-        base=SimpleNamespace(data_ptr=lambda: address), padding="zero", round_f32_to_tf32=False,
-        shape=described.shape, strides=described.strides,
-    )  # fmt: skip
-    place = () if VERSION < (3, 8) else (None,)
-    return tuple(driver.make_tensordesc_arg(descriptor, dict(described.layout), *place))
+
+    @functools.lru_cache(maxsize=4096)
+    def encoded(address: int) -> tuple[Any, ...]:
+        descriptor = SimpleNamespace(
+            base=SimpleNamespace(data_ptr=lambda: address), padding="zero",
+            round_f32_to_tf32=False, shape=shape, strides=strides,
+        )  # fmt: skip
+        place = () if VERSION < (3, 8) else (None,)
+        return tuple(driver.make_tensordesc_arg(descriptor, dict(layout), *place))
+
+    return encoded
 
 
 def _frozen(layout: dict[str, Any]) -> tuple[tuple[str, Any], ...]:

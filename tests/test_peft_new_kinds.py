@@ -103,6 +103,6 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in (plain.base_model.model.up, plain.base_model.model.down):
         layer.lora_variant["default"] = Halved()
     fused = copy.deepcopy(plain)
-    assert set(fuse(fused).not_fused.values()) == {"variant Halved"}
-    monkeypatch.setitem(VARIANTS, "Halved", halved)
+    assert set(fuse(fused).not_fused.values()) == {f"variant {__name__}.Halved"}
+    monkeypatch.setitem(VARIANTS, f"{__name__}.Halved", halved)
     assert_fused(fused, plain, monkeypatch)

@@ -10,19 +10,21 @@ from lora_kernels.peft.parts import Adapter, Factors, kind, short
 from lora_kernels.peft.patched import patched
 from lora_kernels.peft.variants import bdlora, kasa
 
-# PEFT's variant, and what hands over its factors. MiCA trains something else and is the same.
+# PEFT's variants by full name, and what hands over the factors of each. MiCA trains something else
+# and is the same.
+_PEFTS = "peft.tuners.lora.variants."
 VARIANTS = {
-    "BdLoraLinearVariant": bdlora,
-    "DoraLinearVariant": dora,
-    "KasaLinearVariant": kasa,
-    "MiCALinearVariant": plain,
+    _PEFTS + "BdLoraLinearVariant": bdlora,
+    _PEFTS + "DoraLinearVariant": dora,
+    _PEFTS + "KasaLinearVariant": kasa,
+    _PEFTS + "MiCALinearVariant": plain,
 }
 # What the others do that no `lora_linear` does.
 _MORE = {
-    "ALoraLinearVariant": "which acts on some rows, and alone",
-    "ArrowLinearVariant": "which picks adapters for each token",
-    "MontecloraLinearVariant": "which samples A in training",
-    "VeloraLinearVariant": "which compresses the x that A's gradient reads",
+    _PEFTS + "ALoraLinearVariant": "which acts on some rows, and alone",
+    _PEFTS + "ArrowLinearVariant": "which picks adapters for each token",
+    _PEFTS + "MontecloraLinearVariant": "which samples A in training",
+    _PEFTS + "VeloraLinearVariant": "which compresses the x that A's gradient reads",
 }
 
 
@@ -36,17 +38,16 @@ def adapter_of(layer: Any, name: str, *, now: bool) -> Adapter | str:
     if name not in layer.lora_variant:
         return plain(layer, name, now)
     given = layer.lora_variant[name]
-    variant = type(given).__name__
+    variant = kind(given)
     if variant in VARIANTS:
         return changed(given) or VARIANTS[variant](layer, name, now)
-    return ", ".join(filter(None, (f"variant {variant}", _MORE.get(variant))))
+    name = variant.removeprefix(_PEFTS)
+    return ", ".join(filter(None, (f"variant {name}", _MORE.get(variant))))
 
 
 def changed(variant: Any) -> str | None:
-    """Return why a variant may do more than PEFT's class of that name was defined to, or None."""
+    """Return why a variant does something else than its class was defined to, or None."""
     own = type(variant)
-    if own.__module__ != "peft.tuners.lora.variants":
-        return f"variant {kind(variant)}"
     if "forward" in variant.__dict__:
         return f"the forward of {own.__name__} was replaced on the instance"
     return patched(own)

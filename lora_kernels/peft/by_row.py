@@ -16,10 +16,10 @@ from torch import Tensor
 from lora_kernels.peft import calls
 from lora_kernels.peft.adapters import changed, joined
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors
+from lora_kernels.peft.parts import Adapter, Factors, kind
 
 ARGUMENTS = frozenset(("adapter_names", "alora_offsets"))
-_ALORA = "ALoraLinearVariant"
+_ALORA = "peft.tuners.lora.variants.ALoraLinearVariant"
 # Every row is multiplied by every adapter's A and B, which are put side by side for each call.
 # Forward, of PEFT's time on a CPU at r=16: 5 adapters at K = 2048 take 1.01 on 8 rows and 1.00 on
 # 256; 12 of them 1.05 and 1.12; 4 at K = 1024 0.91 and 0.99. With gradients 0.88 to 0.98.
@@ -31,7 +31,7 @@ _ACTING_SHARE = 0.5
 
 def is_alora(layer: Any, name: str) -> bool:
     """Return whether an adapter is an aLoRA."""
-    return type(layer.lora_variant.get(name)).__name__ == _ALORA
+    return kind(layer.lora_variant.get(name)) == _ALORA
 
 
 def by_row(

@@ -379,4 +379,5 @@ def _allocated(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
     storages = [t.untyped_storage() for t in found if t.layout == torch.strided]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    # By what a storage is, not by its address, which one that a compiler traced with has not.
+    return sum({s._cdata: s.nbytes() for s in storages}.values())

@@ -128,7 +128,7 @@ class Gpu:
     def memory_allocated(self, device: Any = None) -> int:
         """Return the bytes of all tensors that Python can still reach."""
         found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
         return sum(storages.values())
 
 

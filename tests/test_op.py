@@ -1,4 +1,4 @@
-"""`lora_linear` against the float64 oracle, and what it saves, skips and promises."""
+"""`lora_linear` against the float64 oracle, and what it promises."""
 
 import math
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from op_calls import call_on, with_grad
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import op, reference
-from lora_kernels.ops.lora_linear.operands import Backward
 from lora_kernels.testing import (
     Case,
     Inputs,
@@ -24,7 +24,6 @@ from lora_kernels.testing import (
     fp32,
     fp64,
     make_inputs,
-    run_backend,
 )
 
 LAYOUTS = ("contiguous", "transposed", "every second", "offset", "expanded", "overlapping")
@@ -143,8 +142,8 @@ def test_any_number_scales(scaling: float, dropout_p: float) -> None:
 @example(row=0)
 def test_the_mask_counts_flattened_rows(row: int) -> None:
     inputs = make_inputs(Case(24, 30, 40, 4), seed=row % 100)
-    flat = _call(inputs, seed=row, dropout_p=0.5)
-    folded = _call(inputs._replace(x=inputs.x.view(2, 3, 4, 40)), seed=row, dropout_p=0.5)
+    flat = call_on(inputs, seed=row, dropout_p=0.5)
+    folded = call_on(inputs._replace(x=inputs.x.view(2, 3, 4, 40)), seed=row, dropout_p=0.5)
     assert torch.equal(flat, folded.view_as(flat))
 
 
@@ -199,187 +198,6 @@ def test_a_whole_x_is_no_slice() -> None:
     assert not make_inputs(case).forward(case).problem().uneven
 
 
-# --- What is computed, and what is not -----------------------------------------------------------
-
-
-def _call(inputs: Inputs, **options: Any) -> Tensor:
-    x, weight, lora_a, lora_b, bias, *_ = inputs
-    return lora_linear(x, weight, lora_a, lora_b, 0.75, bias, **options)
-
-
-class Spy:
-    """The reference backend, remembering each backward call."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[Backward] = []
-        monkeypatch.setattr(op, "BACKENDS", (reference.BACKEND._replace(backward=self._backward),))
-
-    def _backward(self, call: Backward) -> Any:
-        self.calls.append(call)
-        return reference.backward(call)
-
-
-@pytest.mark.parametrize("need_dx", [False, True])
-@pytest.mark.parametrize("need_da", [False, True])
-@pytest.mark.parametrize("need_db", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_only_needed_gradients_are_computed(
-    need_dx: bool, need_da: bool, need_db: bool, dropout_p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spy = Spy(monkeypatch)
-    case = Case(20, 30, 40, 4, dropout_p=dropout_p)
-    inputs = make_inputs(case)._replace(seed=torch.tensor([1]) if dropout_p else None)
-    detached = Inputs(*(None if t is None else t.detach() for t in inputs))
-    needs = (need_dx, need_da, need_db)
-    leaves = [
-        t.requires_grad_(need)
-        for t, need in zip((inputs.x, inputs.lora_a, inputs.lora_b), needs, strict=True)
-    ]
-    y = _call(inputs, dropout_p=dropout_p, seed=1)
-    assert y.requires_grad == any(needs)
-    if not any(needs):
-        return
-    y.backward(inputs.dy)
-    assert [leaf.grad is not None for leaf in leaves] == list(needs)
-    (call,) = spy.calls
-    assert call.needs == needs
-    # Nothing is handed on, or kept until then, that no needed gradient reads.
-    assert [t is not None for t in (call.lora_a, call.lora_b, call.seed)] == [
-        need_dx, need_dx or need_da, (need_dx or need_da) and dropout_p > 0
-    ]  # fmt: skip
-
-    everything = run_backend(reference.BACKEND, case, detached)
-    for leaf, full in zip(leaves, everything[2:], strict=True):
-        if leaf.grad is not None:
-            assert torch.equal(leaf.grad, full)
-
-
-@pytest.mark.parametrize("needs", [(0, 1, 0), (0, 0, 1), (0, 1, 1)])
-def test_what_no_needed_gradient_reads_may_be_frozen_in_inference_mode(
-    needs: tuple[int, int, int],
-) -> None:
-    case = Case(20, 30, 40, 4, bias=True)
-    with torch.inference_mode():
-        frozen = make_inputs(case)  # a base model loaded under inference mode
-    inputs = make_inputs(case)._replace(weight=frozen.weight, bias=frozen.bias)
-    leaves = inputs.x, inputs.lora_a, inputs.lora_b
-    wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
-    gradients = torch.autograd.grad(_call(inputs), wanted, inputs.dy)
-    plain = expected(case, make_inputs(case), fp32)
-    names = [name for name, need in zip(("dx", "da", "db"), needs, strict=True) if need]
-    for name, gradient in zip(names, gradients, strict=True):
-        torch.testing.assert_close(gradient, plain[name])
-
-
-@pytest.mark.parametrize(
-    ("needs", "written"),
-    [
-        ((0, 1, 1), ("weight", "lora_a")),
-        ((0, 0, 1), ("weight", "lora_a", "lora_b", "x")),
-        ((1, 0, 0), ("x",)),
-    ],
-)
-def test_what_no_needed_gradient_reads_may_be_written_to(
-    needs: tuple[int, int, int], written: tuple[str, ...]
-) -> None:
-    inputs = make_inputs(Case(20, 30, 40, 4))
-    leaves = inputs.x, inputs.lora_a, inputs.lora_b
-    wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
-    kept = torch.autograd.grad(_call(inputs), wanted, inputs.dy)
-    y = _call(inputs)
-    with torch.no_grad():
-        for name in written:
-            getattr(inputs, name).zero_()
-    for gradient, right in zip(torch.autograd.grad(y, wanted, inputs.dy), kept, strict=True):
-        assert torch.equal(gradient, right)
-
-
-def _saved(inputs: Inputs, **options: Any) -> list[Tensor]:
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _call(inputs, **options)
-    return saved
-
-
-def _with_grad(inputs: Inputs, x: bool = True, a: bool = True, b: bool = True) -> Inputs:
-    return inputs._replace(
-        x=inputs.x.detach().requires_grad_(x),
-        lora_a=inputs.lora_a.detach().requires_grad_(a),
-        lora_b=inputs.lora_b.detach().requires_grad_(b),
-    )
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_training_saves_the_operands_p_and_a_callers_seed(dropout_p: float) -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4, bias=True)))
-    saved = _saved(inputs, dropout_p=dropout_p, seed=torch.tensor([1]))
-    operands = {t.data_ptr() for t in (inputs.x, inputs.weight, inputs.lora_a, inputs.lora_b)}
-    extra = sorted(tuple(t.shape) for t in saved if t.data_ptr() not in operands)
-    assert extra == ([(1,), (20, 4)] if dropout_p else [(20, 4)])
-    assert operands <= {t.data_ptr() for t in saved}
-
-
-def test_x_and_p_are_saved_only_for_their_gradients() -> None:
-    inputs = make_inputs(Case(20, 30, 40, 4))
-    shapes = {tuple(t.shape) for t in _saved(_with_grad(inputs, x=True, a=False, b=False))}
-    assert (20, 40) not in shapes
-    assert (20, 4) not in shapes
-    shapes = {tuple(t.shape) for t in _saved(_with_grad(inputs, x=False, a=False, b=True))}
-    assert (20, 40) not in shapes
-    assert (20, 4) in shapes
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_a_transient_weight_is_rebuilt_instead_of_saved(dropout_p: float, autocast: bool) -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4, bias=True)))
-    rebuilt: list[int] = []
-    rebuild = lambda: rebuilt.append(1) or inputs.weight.clone()
-    with torch.autocast("cpu", bf16, enabled=autocast):
-        shapes = {tuple(t.shape) for t in _saved(inputs, dropout_p=dropout_p, rebuild=rebuild)}
-        assert (30, 40) not in shapes
-        leaves = [inputs.x, inputs.lora_a, inputs.lora_b]
-        kept, transient = (
-            _call(inputs, dropout_p=dropout_p, seed=1, rebuild=way) for way in (None, rebuild)
-        )
-    assert torch.equal(kept, transient)
-    assert not rebuilt
-    gradients = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (kept, transient)]
-    assert len(rebuilt) == 1
-    assert all(map(torch.equal, *gradients))
-
-
-def test_a_transient_weight_is_not_saved_for_one_token_either() -> None:
-    inputs = _with_grad(make_inputs(Case(1, 30, 40, 4)))
-    shapes = [set(t.shape) for t in _saved(inputs, rebuild=inputs.weight.clone)]
-    assert {30, 40} not in shapes
-
-
-def test_a_transient_weight_is_rebuilt_only_for_dx() -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)), x=False)
-    _call(inputs, rebuild=lambda: pytest.fail("not needed")).sum().backward()
-    assert inputs.lora_a.grad is not None
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_nothing_is_saved_without_grad(mode: Any) -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    with mode():
-        assert _saved(inputs) == []
-        y = _call(inputs)
-    assert not y.requires_grad
-    assert torch.equal(y, _call(inputs).detach())
-
-
-def test_nothing_is_saved_when_nothing_trains() -> None:
-    assert _saved(make_inputs(Case(20, 30, 40, 4))) == []
-
-
 # --- Promises ------------------------------------------------------------------------------------
 
 
@@ -390,16 +208,16 @@ def test_b_zero_is_the_frozen_layer_bit_for_bit(
     dtypes: tuple[torch.dtype, torch.dtype], dropout_p: float, bias: bool
 ) -> None:
     inputs = make_inputs(Case(33, 65, 129, 6, *dtypes, bias=bias))
-    y = _call(inputs._replace(lora_b=torch.zeros_like(inputs.lora_b)), dropout_p=dropout_p)
+    y = call_on(inputs._replace(lora_b=torch.zeros_like(inputs.lora_b)), dropout_p=dropout_p)
     assert torch.equal(y, F.linear(inputs.x, inputs.weight, inputs.bias))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_same_call_gives_the_same_bits(dropout_p: float) -> None:
-    inputs = _with_grad(make_inputs(Case(130, 96, 128, 16, bf16, fp32)))
+    inputs = with_grad(make_inputs(Case(130, 96, 128, 16, bf16, fp32)))
 
     def run() -> tuple[Tensor, ...]:
-        y = _call(inputs, dropout_p=dropout_p, seed=3)
+        y = call_on(inputs, dropout_p=dropout_p, seed=3)
         return y, *torch.autograd.grad(y, (inputs.x, inputs.lora_a, inputs.lora_b), inputs.dy)
 
     for first, second in zip(run(), run(), strict=True):
@@ -415,8 +233,8 @@ def test_nan_and_inf_propagate_as_in_eager_pytorch(
     inputs = make_inputs(Case(9, 11, 13, 3, bias=True))
     getattr(inputs, operand).view(-1)[5] = value
     inputs = inputs._replace(seed=torch.tensor([4]))
-    leaves = _with_grad(inputs)
-    y = _call(leaves, dropout_p=dropout_p, seed=4)
+    leaves = with_grad(inputs)
+    y = call_on(leaves, dropout_p=dropout_p, seed=4)
     grads = torch.autograd.grad(y, (leaves.x, leaves.lora_a, leaves.lora_b), inputs.dy)
     eager = expected(Case(9, 11, 13, 3, dropout_p=dropout_p), inputs, fp32)
     for name, got in zip(("y", "dx", "da", "db"), (y, *grads), strict=True):
@@ -431,19 +249,19 @@ def test_nan_and_inf_propagate_as_in_eager_pytorch(
 def test_dy_may_be_expanded(shape: tuple[int, ...]) -> None:
     inputs = make_inputs(Case(6, 30, 40, 4))
     x = inputs.x.flatten()[: torch.Size(shape).numel()].view(shape).requires_grad_()
-    y = _call(inputs._replace(x=x))
+    y = call_on(inputs._replace(x=x))
     y.sum().backward()
     ones = torch.ones(*shape[:-1], 30)
     check(inputs._replace(x=x.detach(), dy=ones))
-    (dense,) = torch.autograd.grad(_call(inputs._replace(x=x)), x, ones)
+    (dense,) = torch.autograd.grad(call_on(inputs._replace(x=x)), x, ones)
     assert x.grad.shape == shape
     torch.testing.assert_close(x.grad, dense)
 
 
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_a", "lora_b"])
 def test_an_operand_modified_before_backward_raises(operand: str) -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    y = _call(inputs)
+    inputs = with_grad(make_inputs(Case(20, 30, 40, 4)))
+    y = call_on(inputs)
     with torch.no_grad():
         getattr(inputs, operand).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -451,8 +269,8 @@ def test_an_operand_modified_before_backward_raises(operand: str) -> None:
 
 
 def test_backward_twice_needs_retain_graph() -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    y = _call(inputs)
+    inputs = with_grad(make_inputs(Case(20, 30, 40, 4)))
+    y = call_on(inputs)
     first = torch.autograd.grad(y, inputs.lora_a, inputs.dy, retain_graph=True)[0]
     second = torch.autograd.grad(y, inputs.lora_a, inputs.dy)[0]
     assert torch.equal(first, second)
@@ -461,9 +279,9 @@ def test_backward_twice_needs_retain_graph() -> None:
 
 
 def test_the_result_is_the_callers_to_write_to() -> None:
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    (plain,) = torch.autograd.grad(_call(inputs) * 2, inputs.x, inputs.dy)
-    (in_place,) = torch.autograd.grad(_call(inputs).mul_(2), inputs.x, inputs.dy)
+    inputs = with_grad(make_inputs(Case(20, 30, 40, 4)))
+    (plain,) = torch.autograd.grad(call_on(inputs) * 2, inputs.x, inputs.dy)
+    (in_place,) = torch.autograd.grad(call_on(inputs).mul_(2), inputs.x, inputs.dy)
     assert torch.equal(plain, in_place)
 
 
@@ -482,9 +300,9 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
         return Backend(name, lambda problem: None, forward, backward)
 
     monkeypatch.setattr(op, "BACKENDS", (backend("cuda"), backend("reference")))
-    inputs = _with_grad(make_inputs(Case(20, 30, 40, 4)))
-    _call(inputs).sum().backward()
-    _call(inputs, backend="reference").sum().backward()
+    inputs = with_grad(make_inputs(Case(20, 30, 40, 4)))
+    call_on(inputs).sum().backward()
+    call_on(inputs, backend="reference").sum().backward()
     assert ran == ["cuda forward", "cuda backward", "reference forward", "reference backward"]
 
 
@@ -497,8 +315,8 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_one_token_is_left_to_autograd(m: int, options: dict[str, float], name: str) -> None:
-    inputs = _with_grad(make_inputs(Case(m, 30, 40, 4)))
-    assert type(_call(inputs, **options).grad_fn).__name__ == name
+    inputs = with_grad(make_inputs(Case(m, 30, 40, 4)))
+    assert type(call_on(inputs, **options).grad_fn).__name__ == name
 
 
 @pytest.mark.parametrize("scaling", [1e4, 1e-8])
@@ -506,7 +324,7 @@ def test_one_token_is_left_to_autograd(m: int, options: dict[str, float], name: 
 def test_few_tokens_have_the_range_of_many(m: int, scaling: float) -> None:
     loud = 1 / scaling if scaling > 1 else 1e3
     case = Case(m, 30, 40, 4, fp16, scaling=scaling, magnitudes=(1, 1, 1, loud, 0.1))
-    inputs = _with_grad(make_inputs(case))
+    inputs = with_grad(make_inputs(case))
     x, weight, lora_a, lora_b, *_ = inputs
     y = lora_linear(x, weight, lora_a, lora_b, scaling)
     got = (y, *torch.autograd.grad(y, (x, lora_a, lora_b), inputs.dy))
@@ -518,8 +336,8 @@ def test_few_tokens_have_the_range_of_many(m: int, scaling: float) -> None:
 def test_one_token_is_left_to_no_other_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     other = reference.BACKEND._replace(name="cuda")
     monkeypatch.setattr(op, "BACKENDS", (other, reference.BACKEND))
-    inputs = _with_grad(make_inputs(Case(1, 30, 40, 4)))
-    assert type(_call(inputs).grad_fn).__name__ == "_LoRALinearBackward"
+    inputs = with_grad(make_inputs(Case(1, 30, 40, 4)))
+    assert type(call_on(inputs).grad_fn).__name__ == "_LoRALinearBackward"
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8)], ids=str)

@@ -143,15 +143,17 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
   const int full_stages = depth / kDepth<Left>;
   const int last_slices = blocks(depth % kDepth<Left>, kWgmmaK);
   uint32_t previous = 0;
-  const auto step = [&](const auto& meanwhile) {
+  const auto step = [&](const auto& meanwhile, bool is_first = false) {
     await();
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kDepth<Left> / kWgmmaK; ++i) slice(i);
     ptx::wgmma_commit();
     meanwhile();
-    ptx::wgmma_wait<1>();
-    if (previous != 0) pipeline.release<kRewrites>(previous);
+    if (!is_first) {
+      ptx::wgmma_wait<1>();
+      if (previous != 0) pipeline.release<kRewrites>(previous);
+    }
     previous = pipeline.stages.empty();
     pipeline.stages.advance();
   };
@@ -164,7 +166,9 @@ LORA_DEVICE void contract(float (&acc)[kN / 2], Pipeline& pipeline, int depth, M
       panels.put(0, Panels::kCount);
     } else {
 #pragma unroll
-      for (; stage < Panels::kCount; ++stage) step([&] { panels.put(stage, stage + 1); });
+      for (; stage < Panels::kCount; ++stage) {
+        step([&] { panels.put(stage, stage + 1); }, stage == 0);
+      }
     }
   }
 #pragma unroll 1

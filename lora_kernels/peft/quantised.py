@@ -88,9 +88,7 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
             return "bitsandbytes quantises x, too"
         if x is not None and not base.training:
             return "bitsandbytes quantises x, too, outside training"
-        # The first call moves both from the weight to the state.
-        values = weight.CB if state.CB is None else state.CB
-        scales = weight.SCB if state.SCB is None else state.SCB
+        values, scales = _held(base, "CB"), _held(base, "SCB")
         if values is None or scales is None:
             return "base weight is not quantised yet"
 
@@ -103,11 +101,16 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
     @staticmethod
     def keep(base: Any) -> Any:
         """Return the int8 values and their scales: PEFT replaces both."""
-        source = base.weight if base.state.CB is None else base.state
-        return {"CB": source.CB, "SCB": source.SCB}
+        return {name: _held(base, name) for name in ("CB", "SCB")}
 
     @staticmethod
     def restore(base: Any, kept: Any) -> None:
         """Put a weight of those values back, from which the next call takes them over."""
         base.weight = bnb.nn.Int8Params(kept["CB"], requires_grad=False, **kept)
         base.state.reset_grads()
+
+
+def _held(base: Any, name: str) -> Tensor | None:
+    """Return what the next call has in its state: of a weight set since the last one, or that."""
+    new: Tensor | None = getattr(parameter(base, "weight"), name, None)
+    return getattr(base.state, name) if new is None else new

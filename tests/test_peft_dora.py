@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
+from peft.helpers import DoraCaching
 from peft_models import (
     H,
     K,
@@ -177,6 +178,21 @@ def test_a_language_model_learns_as_peft_s_does(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 7 * 6
     assert got[-1] < got[0] - 0.05
     assert got == pytest.approx(train(False), rel=1e-4)
+
+
+def test_norms_that_peft_keeps_are_its_own_until_a_call_without() -> None:
+    fused, plain = pair(use_dora=True)
+    x = x_for(plain)
+    for scale in (1.0, 3.0):
+        for model in (fused, plain):
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.data *= scale
+            model.eval()(x)
+        with DoraCaching():
+            assert "DoraCaching" in str(why_not(fused.base_model.model.up, x))
+            assert_same_as_peft(fused, plain, x)
+            assert fused.base_model.model.up.lora_magnitude_vector["default"]._dora_cache
 
 
 def test_a_bias_of_b_is_left_to_peft() -> None:

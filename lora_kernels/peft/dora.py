@@ -6,6 +6,7 @@ Kept for the backward beyond what the operator keeps: its result, from which m's
 from typing import Any
 
 import torch.nn.functional as F
+from peft.tuners.lora import dora as pefts
 from torch import Tensor
 
 from lora_kernels.distributed import dropout
@@ -33,10 +34,14 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
     )
     if reason:
         return reason
+    if now and pefts.ENABLE_DORA_CACHING and not vectors.training:
+        return "PEFT keeps DoRA's norms between calls (DoraCaching)"
     scaling, dropout_p = found.scaling, found.dropout_p
 
     def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
         lora_a, lora_b, _ = factors
+        if vectors._dora_cache:  # as PEFT does wherever it is not to keep them
+            vectors._cache_clear()
         x = x.unsqueeze(0) if x.dim() == 1 else x  # PEFT's y is [1,N] then, too
         # The norm is rounded as PEFT rounds it, so that m/n is 1 where training starts.
         scale = magnitude / row_norms(weight, lora_a, lora_b, scaling)

@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -450,10 +450,13 @@ def test_the_workspace_belongs_to_the_device_of_the_tensors(
     assert gpu.device == 0
 
 
-@pytest.mark.parametrize(
+kernel_names = pytest.mark.parametrize(
     "name",
     ["triton", pytest.param("cuda", marks=[extension, pytest.mark.filterwarnings("ignore")])],
 )
+
+
+@kernel_names
 @pytest.mark.parametrize("shape", [(M, K), (4, M // 4, K), (K,)])
 def test_training_launches_once_each_way(name: str, shape: tuple[int, ...]) -> None:
     call = forward_call()
@@ -464,6 +467,51 @@ def test_training_launches_once_each_way(name: str, shape: tuple[int, ...]) -> N
         assert gpu.record.launches == before + 1
         y.sum().backward()
         assert gpu.record.launches == before + 2
+
+
+@kernel_names
+@pytest.mark.parametrize("change", [torch.clone, padded, shifted, transposed])
+def test_a_backward_reads_its_operands_where_they_are_by_then(
+    name: str, change: Callable[[Tensor], Tensor], arena: Arena
+) -> None:
+    """`param.data = ...` between the passes, as wrappers that move parameters do it."""
+    call = forward_call()
+    leaves = x, a, b = tuple(t.requires_grad_() for t in (call.x, call.lora_a, call.lora_b))
+    operands, dy = (x, call.weight, a, b), random(M, N)
+    if name == "cuda":
+        gpu.struct_bytes.value = 11 * 128
+
+    def backward(moved: Sequence[Tensor] = ()) -> bytes:
+        y = lora_linear(*operands, 0.5, backend=name)
+        for tensor, data in zip(operands, moved, strict=False):
+            tensor.data = data
+        arena.used = 1 << 19  # out of the forward's way
+        torch.autograd.grad(y, leaves, dy)
+        return seen(gpu.last).parameters
+
+    backward()
+    moved = [change(t.detach()) for t in operands]
+    late = backward(moved)
+    for tensor in moved:
+        copied = name == "cuda" and cuda._addressed(tensor)[1] != []
+        assert (struct.pack("<Q", tensor.data_ptr()) in late) != copied
+    if not copied:  # copies lie anywhere
+        assert late == backward()
+
+
+@kernel_names
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_transform_left_behind_is_launched_as_what_it_wraps(name: str, grad: bool) -> None:
+    call, functorch = forward_call(), torch._C._functorch
+    wrapped = [functorch._wrap_for_grad(t, functorch._grad_increment_nesting()) for t in call[:4]]
+    for _ in wrapped:
+        functorch._grad_decrement_nesting()
+    with torch.set_grad_enabled(grad):
+        for operands in (call[:4], wrapped):
+            before = gpu.record.launches
+            operands[2].requires_grad_(grad)
+            lora_linear(*operands, 0.5, backend=name)
+            assert gpu.record.launches == before + 1
 
 
 @extension

@@ -53,6 +53,8 @@ BESIDE = {
     (f"{OP}.schedule", f"{OP}.problem"),
     (f"{OP}.config", f"{OP}.schedule"),
     (f"{OP}.schedule", f"{OP}.config"),
+    (f"{OP}.validate", f"{OP}.problem"),
+    (f"{OP}.workspace", f"{OP}.device"),
 }
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from lora_kernels.dispatch import AUTO, BackendUnavailable, select
 from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, shared_dx, triton
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
-from lora_kernels.ops.lora_linear.philox import seed_tensor
+from lora_kernels.ops.lora_linear.philox import is_uneven, seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.problem import arch as device_arch
-from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, validate, validate_options
+from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, is_traced, validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 _ops = torch.ops.lora_kernels
@@ -77,11 +77,15 @@ def lora_linear(
                 x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed,
                 first_column=first_column, backend=backend, rebuild=rebuild,
             )  # fmt: skip
-    validate(x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, backend, _NAMES)
-    validate_options(first_column, rebuild)
+    problem = validate(
+        x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, first_column, rebuild,
+        backend, _NAMES,
+    )  # fmt: skip
     scaling, dropout_p = float(scaling), float(dropout_p)
     column = first_column if dropout_p else None
-    traced = _is_traced(x, weight, lora_a, lora_b)
+    traced = problem is None
+    if problem is not None and dropout_p > 0:
+        problem = problem._replace(dropout=True, uneven=is_uneven(column, problem.k))
     where = composition.surrounds() or (
         "in an exported program" if traced and torch.compiler.is_exporting() else None
     )
@@ -90,30 +94,33 @@ def lora_linear(
         given = None if seed is None or not dropout_p else seed_tensor(seed, x)
         call = Forward(x, weight, lora_a, lora_b, bias, given, scaling, dropout_p, column)
         return composition.forward(call)
-    drawn = None
+    drawn = scale = None
     if dropout_p > 0:
         if backend != AUTO and not torch.compiler.is_compiling():
             # A refusal must come before a seed is drawn; "auto" always finds a backend.
             call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p, column)
-            select(BACKENDS, call.problem(), backend)
+            select(BACKENDS, problem or call.problem(), backend)
         drawn = seed_tensor(seed, x)
-    scale = None
     if traced and torch.compiler.is_compiling() and _is_symbolic(scaling):
         # A number in the graph would be guarded on, one graph for each; a tensor is an input.
         scale, scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling, 1.0
+    if not traced:
+        x, weight, lora_a, lora_b = map(_unwrap, (x, weight, lora_a, lora_b))
+        bias = None if bias is None else _unwrap(bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
         # Autograd's own nodes would keep a transient weight.
-        if x.numel() == x.shape[-1] > 0 and rebuild is None and not traced:
+        if x.numel() == x.shape[-1] > 0 and rebuild is None and problem is not None:
             call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p, column)
-            if _autograd_is_cheaper(call, backend):
+            if _autograd_is_cheaper(call, problem, backend):
                 return reference.compose(call)
         own_seed = not (traced or isinstance(seed, Tensor))
-        rest = scaling, dropout_p, column, backend, rebuild, traced, own_seed
-        return _LoRALinear.apply(x, weight, lora_a, lora_b, bias, drawn, scale, rest)
+        rest = scaling, dropout_p, column, backend, rebuild, problem, own_seed
+        apply = _LoRALinear.apply if traced else _apply
+        return apply(x, weight, lora_a, lora_b, bias, drawn, scale, rest)
     call = Forward(x, weight, lora_a, lora_b, bias, drawn, scaling, dropout_p, column)
-    return _forward(call, backend, traced, scale)[0]
+    return _forward(call, backend, problem, scale)[0]
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -122,9 +129,9 @@ class _LoRALinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor,
         bias: Tensor | None, seed: Tensor | None, scale: Tensor | None, rest: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        scaling, dropout_p, column, backend, rebuild, traced, own_seed = rest
+        scaling, dropout_p, column, backend, rebuild, problem, own_seed = rest
         call = Forward(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, column)
-        y, p, problem = _forward(call, backend, traced, scale)
+        y, p = _forward(call, backend, problem, scale)
         need_dx, _, need_da, need_db, *_ = ctx.needs_input_grad
         if not (need_dx or need_da):
             seed = None
@@ -141,6 +148,7 @@ class _LoRALinear(torch.autograd.Function):
         )
         rebuild = rebuild if need_dx else None
         seed = seed if own_seed else None  # nobody else holds it: it needs no watching
+        traced = problem is None
         joint = shared_dx.node_of(x) if need_dx and not traced else None
         # A that a second derivative alone reads: saved, it could not be written to.
         alone = need_db and need_da and not (need_dx or traced)
@@ -182,6 +190,12 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
+# What `Function.apply` calls in the end. Its Python, which looks for functorch's transforms, costs
+# a twentieth of a small call. What a transform left behind has no data of its own.
+_apply = super(torch.autograd.Function, _LoRALinear).apply
+_unwrap = torch._C._functorch.unwrap_if_dead
+
+
 class _NotTwiceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -201,23 +215,22 @@ def _not_twice() -> NoReturn:
 
 
 def _forward(
-    call: Forward, backend: str, traced: bool, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Problem | None]:
-    """Return y, P and, where nothing traces, what the backend was chosen by."""
+    call: Forward, backend: str, problem: Problem | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y and P; without a problem, something traces."""
     x, weight, *_ = call
-    if x.dim() != 2:
+    flat = x.dim() == 2
+    if not flat:
         call = call._replace(x=_flatten(x))
-    problem = None
-    if traced:
+    if problem is None:
         _teach()
         y, p = _ops.lora_linear.default(*call, backend, scale)
     else:
-        problem = call.problem()
         y, p = select(BACKENDS, problem, backend).forward(call)
-    if x.dim() != 2:
+    if not flat:
         # Not a view for autograd: the caller may modify what a layer returns in place.
         y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-    return y, p, problem
+    return y, p
 
 
 def _backward(
@@ -235,7 +248,7 @@ def _backward(
     if where:
         _refuse(backend, where)
         return composition.backward(call)
-    if _is_traced(*call[:6]):
+    if is_traced(call[:6], _PLAIN):
         _teach()
         return _ops.lora_linear_backward.default(*call, backend, scale)
     if problem is None:
@@ -246,7 +259,7 @@ def _backward(
     return chosen.backward(call)
 
 
-def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
+def _autograd_is_cheaper(call: Forward, problem: Problem, backend: str) -> bool:
     """Return whether autograd's own nodes should run one token: where the reference would anyway.
 
     A Function in Python costs more than all of a token's products (README.md).
@@ -256,7 +269,6 @@ def _autograd_is_cheaper(call: Forward, backend: str) -> bool:
         return False
     if x.dtype == torch.float16:  # autograd scales 16-bit gradients by s on its own
         return False
-    problem = call.problem()
     return all(
         select(BACKENDS, problem, backend, backward=backward) is reference.BACKEND
         for backward in (False, True)
@@ -297,18 +309,6 @@ def _tokens(x: Tensor) -> int:
 def _flatten(x: Tensor) -> Tensor:
     """View (..., K) as [M,K]; copies only where the leading strides cannot be merged."""
     return x if x.dim() == 2 else x.reshape(_tokens(x), x.shape[-1])
-
-
-def _is_traced(*tensors: Tensor | None) -> bool:
-    """Return whether something watches operators: torch.compile, a dispatch mode, a subclass.
-
-    If nothing does, the dispatcher is skipped, which small calls are bound by (README.md).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
 
 
 def _is_symbolic(number: float) -> bool:

@@ -17,6 +17,8 @@ import threading
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear.device import is_cuda
+
 CHUNK = 1 << 18  # int32 words, 1 MiB: thousands of captured launches
 
 _lock = threading.Lock()
@@ -32,7 +34,7 @@ def reserve(length: int, device: torch.device, stream: int) -> Tensor:
 
     `device` is the current one, and `stream` the handle of its current stream.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_cuda(device) and torch.cuda.is_current_stream_capturing():
         with _lock:
             cut = _cut(length, device)
         return torch.zeros(length, dtype=torch.int32, device=device) if cut is None else cut

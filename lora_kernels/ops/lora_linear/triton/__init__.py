@@ -64,9 +64,10 @@ def why_not(problem: Problem) -> str | None:
 def forward(call: Forward) -> tuple[Tensor, Tensor]:
     """Return y and P."""
     x, weight, lora_a, *_ = call
-    m = x.shape[0]
-    y, p = x.new_empty(m, weight.shape[0]), lora_a.new_empty(m, lora_a.shape[0])
-    _launch(_plan_forward, call, call[:5], (*call[:5], y, p))
+    (m, k), n, r = x.shape, weight.shape[0], lora_a.shape[0]
+    y, p = x.new_empty(m, n), lora_a.new_empty(m, r)
+    kind = m, n, k, r, x.dtype, lora_a.dtype
+    _launch(_plan_forward, call, kind, call[:5], (*call[:5], y, p))
     return y, p
 
 
@@ -86,7 +87,8 @@ def backward(call: Backward) -> Gradients:
     wide = [dy if t is None else t for t in (x, weight, dx)]
     small = [narrow if t is None else t for t in (lora_a, lora_b, p, da, db, q)]
     tensors = dy, *wide[:2], *small[:3], wide[2], *small[3:]
-    _launch(_plan_backward, call, call[:6], tensors)
+    kind = m, n, k, r, dy.dtype, narrow.dtype
+    _launch(_plan_backward, call, kind, call[:6], tensors)
     return Gradients(dx, da, db)
 
 
@@ -187,6 +189,7 @@ _MOST = 1024  # kept plans, of a few hundred bytes each
 def _launch(
     plan_of: Callable[[Any, Sequence[Any]], _Plan],
     call: Forward | Backward,
+    kind: tuple[Any, ...],
     operands: tuple[Any, ...],
     tensors: tuple[Any, ...],
 ) -> None:
@@ -194,20 +197,18 @@ def _launch(
 
     The first launch of a kind goes through Triton's own machinery, which compiles; what that found
     is kept, and further ones cost a tenth. The key holds all that decides anything but addresses
-    and numbers, so that none is ever served another's launch: also the rules, which tests and the
-    tuner replace.
+    and numbers, so that none is ever served another's launch: M, N, K, R and the two dtypes
+    (`kind`), strides, low bits of addresses; also the rules, which tests and the tuner replace.
     """
     seed, device = call.seed, tensors[0].device
     # A seed on the CPU becomes two numbers, one on the device is read by the kernel: no waiting.
     seed_ptr = seed if seed is not None and seed.is_cuda else None
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
     key = (
-        plan_of, device, seed is None, seed_ptr is None, _first_group(call),
-        _precision(tensors[0].dtype),
-        DEBUG, pick, _has_tma, _ctas,
-        *[
-            None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-            for t in operands
-        ],
+        plan_of, device, seed is None, seed_ptr is None, _first_group(call), _precision(kind[4]),
+        DEBUG, pick, _has_tma, _ctas, kind,
+        *[None if t is None else t.stride() for t in operands],
+        *[a and a & 15 for a in addresses],
     )  # fmt: skip
     factor, power = call.scale()
     numbers = (factor, 1 / power, power, *_mask(call.dropout_p, seed, seed_ptr))
@@ -215,7 +216,6 @@ def _launch(
     with made_current(device):
         stream = current_stream(device)
         if kept is not None and not kept.direct.hooked():
-            addresses = [None if t is None else t.data_ptr() for t in tensors]
             arguments = [
                 *addresses, *kept.direct.described(addresses),
                 None if seed_ptr is None else seed_ptr.data_ptr(),

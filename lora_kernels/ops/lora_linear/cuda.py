@@ -77,15 +77,16 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
 
 def backward(call: Backward) -> Gradients:
     """Return the needed ones of dx, da and db; copies as `forward` does."""
-    if not any(call.needs):
+    dy, x, weight, _, lora_b, p, *_ = call
+    narrow = p if lora_b is None else lora_b
+    if narrow is None:
         return Gradients(None, None, None)
-    (m, n, k, r), (need_dx, need_da, need_db) = call.sizes(), call.needs
+    m, n, k, r = call.sizes()
     read, copies = _addressed(*call[:6])
-    dy, dtype = call.dy, call.adapter_dtype()
-    dx = dy.new_empty(m, k) if need_dx else None
-    da = dy.new_empty(r, k, dtype=dtype) if need_da else None
-    db = dy.new_empty(n, r, dtype=dtype) if need_db else None
-    q = dy.new_empty(m, r, dtype=dtype) if need_dx or need_da else None
+    dx = None if weight is None else dy.new_empty(m, k)
+    da = None if x is None else narrow.new_empty(r, k)
+    db = None if p is None else narrow.new_empty(n, r)
+    q = None if lora_b is None else narrow.new_empty(m, r)
     made = [
         _ABSENT if t is None else (t.data_ptr(), pitch)
         for t, pitch in ((q, r), (dx, k), (da, k), (db, r))
@@ -95,7 +96,7 @@ def backward(call: Backward) -> Gradients:
         stream = current_stream(device)
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_backward(
-            dy.dtype == torch.bfloat16, dtype == torch.float32, m, n, k, r, *read, *made,
+            dy.dtype == torch.bfloat16, narrow.dtype == torch.float32, m, n, k, r, *read, *made,
             flags.data_ptr(), call.scale(), _dropout(call), stream,
         )  # fmt: skip
     del copies

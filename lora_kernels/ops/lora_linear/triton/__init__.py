@@ -84,9 +84,12 @@ def backward(call: Backward) -> Gradients:
     q = None if lora_b is None else narrow.new_empty(m, r)
     # One kernel is compiled for every subset of gradients: what an absent operand points to, nobody
     # reads.
-    wide = [dy if t is None else t for t in (x, weight, dx)]
-    small = [narrow if t is None else t for t in (lora_a, lora_b, p, da, db, q)]
-    tensors = dy, *wide[:2], *small[:3], wide[2], *small[3:]
+    tensors = (
+        dy, dy if x is None else x, dy if weight is None else weight,
+        narrow if lora_a is None else lora_a, narrow if lora_b is None else lora_b,
+        narrow if p is None else p, dy if dx is None else dx, narrow if da is None else da,
+        narrow if db is None else db, narrow if q is None else q,
+    )  # fmt: skip
     kind = m, n, k, r, dy.dtype, narrow.dtype
     _launch(_plan_backward, call, kind, call[:6], tensors)
     return Gradients(dx, da, db)

@@ -69,13 +69,15 @@ class Direct(NamedTuple):
 def _bind(launcher: Any, compiled: Any, ctas: int) -> Callable[[int, list[Any]], None]:
     """Triton 3.7 to 3.9: one C function for all kernels, which takes the arguments as a list."""
     launch = runtime.driver.active.utils.launch
-    options = launcher.launch_cooperative_grid, launcher.launch_pdl, compiled.packed_metadata
     nothing = (None,) * 5  # launch metadata, two hooks, two scratch buffers
-    signature = launcher.arg_annotations, launcher.kernel_signature
+    options = (
+        launcher.launch_cooperative_grid, launcher.launch_pdl, compiled.packed_metadata, *nothing,
+        launcher.arg_annotations, launcher.kernel_signature,
+    )  # fmt: skip
 
     def run(stream: int, arguments: list[Any]) -> None:
         # Held here, `compiled` keeps its module loaded.
-        launch(ctas, 1, 1, stream, compiled.function, *options, *nothing, *signature, arguments)
+        launch(ctas, 1, 1, stream, compiled.function, *options, arguments)
 
     return run
 

@@ -74,7 +74,7 @@ void forward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, const
 void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, const py::tuple& dy,
               const py::tuple& x, const py::tuple& w, const py::tuple& a, const py::tuple& b,
               const py::tuple& p, const py::tuple& q, const py::tuple& dx, const py::tuple& da,
-              const py::tuple& db, uintptr_t workspace, const py::tuple& factors,
+              const py::tuple& db, bool adds_dx, uintptr_t workspace, const py::tuple& factors,
               const py::tuple& drop, uintptr_t stream) {
   lora::BackwardArguments arguments;
   arguments.m = m, arguments.n = n, arguments.k = k, arguments.r = r;
@@ -85,6 +85,7 @@ void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, cons
   arguments.need_dx = arguments.dx.address != 0;
   arguments.need_da = arguments.da.address != 0;
   arguments.need_db = arguments.db.address != 0;
+  arguments.adds_dx = adds_dx;
   arguments.workspace = workspace;
   arguments.scale = scale(factors);
   arguments.dropout = dropout(drop);
@@ -97,7 +98,7 @@ void backward(bool is_bf16, bool fp32_adapters, int m, int n, int k, int r, cons
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.attr("INTERFACE") = 2;  // one more for each change to what these functions take
+  module.attr("INTERFACE") = 3;  // one more for each change to what these functions take
   module.def("lora_linear_forward", &forward);
   module.def("lora_linear_backward", &backward);
   module.def("why_not", [] {

@@ -12,7 +12,7 @@ from types import ModuleType
 
 # Where setup.py built none, it says why.
 _REASON = Path(__file__).with_name("no_extension.txt")
-_INTERFACE = 2  # csrc/bindings.cpp
+_INTERFACE = 3  # csrc/bindings.cpp
 _NO_CPU_REASON = Path(__file__).with_name("no_cpu_extension.txt")
 
 

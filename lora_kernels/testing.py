@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear.operands import Backward, Forward, split_scaling
+from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients, split_scaling
 from lora_kernels.ops.lora_linear.philox import is_uneven, keep_mask, mask_columns
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.reference import oracle
@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
     `strided` makes every operand a non-contiguous view: transposed, or a slice of something larger.
     `magnitudes` multiply x, W, A, B and dy. `first_column` is that of an x sliced off a wider one.
+    With `onto` dx is added to one that is there.
     """
 
     m: int
@@ -47,6 +48,7 @@ class Case(NamedTuple):
     strided: bool = False
     magnitudes: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
     first_column: int | None = None
+    onto: bool = False
 
     def problem(self, device: str = "cpu", arch: int | None = None) -> Problem:
         """Return the case as dispatch sees it."""
@@ -94,7 +96,10 @@ CASES = (
 
 
 class Inputs(NamedTuple):
-    """The operands of a case, dy included; shapes as in `operands.Forward` and `.Backward`."""
+    """The operands of a case, dy included; shapes as in `operands.Forward` and `.Backward`.
+
+    onto[M,K], contiguous and in x's dtype, is what dx is added to a copy of.
+    """
 
     x: Tensor
     weight: Tensor
@@ -103,6 +108,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     dy: Tensor
     seed: Tensor | None
+    onto: Tensor | None = None
 
     def forward(self, case: Case) -> Forward:
         """Return what `Backend.forward` takes."""
@@ -142,9 +148,25 @@ class Results(NamedTuple):
 
 
 def run_backend(backend: Backend, case: Case, inputs: Inputs) -> Results:
-    """Run both directions of `case` on `inputs`."""
+    """Run both directions of `case` on `inputs`.
+
+    Raises:
+        AssertionError: dx is another tensor than that which it was to be added to.
+    """
     y, p = backend.forward(inputs.forward(case))
-    return Results(y, p, *backend.backward(inputs.backward(case, p)))
+    return Results(y, p, *run_backward(backend, inputs.backward(case, p), inputs.onto))
+
+
+def run_backward(backend: Backend, call: Backward, onto: Tensor | None) -> Gradients:
+    """Run a backward, whose dx is added to a copy of `onto` where there is one.
+
+    Raises:
+        AssertionError: dx is another tensor than that copy.
+    """
+    more = () if onto is None else (torch.empty_like(onto).copy_(onto),)
+    gradients: Gradients = backend.backward(call, *more)
+    assert not more or gradients.dx is more[0], "dx is not the tensor it was to be added to"
+    return gradients
 
 
 def is_large(case: Case) -> bool:
@@ -187,6 +209,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         dy=draw(m, n, case.dtype, loud_dy),
         # Both halves of the key differ from zero.
         seed=torch.tensor([(7 << 33) + seed + 20]) if case.dropout_p > 0 else None,
+        onto=draw(m, k, case.dtype, loud_dy).contiguous() if case.onto else None,
     )
 
 
@@ -238,7 +261,10 @@ def assert_accurate(name: str, actual: Tensor, reference64: Tensor, eager: Tenso
 
 
 def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return y, p, dx, da and db of the oracle, every operand converted to `dtype`."""
+    """Return y, p, dx, da and db of the oracle, every operand converted to `dtype`.
+
+    Where dx is added to another, the sum is as autograd's: of both in `dtype`.
+    """
     x, lora_a, lora_b = (
         t.detach().to(dtype).requires_grad_() for t in (inputs.x, inputs.lora_a, inputs.lora_b)
     )
@@ -248,6 +274,8 @@ def expected(case: Case, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor
     mask: dict[str, Any] = {"dropout_p": p, "seed": seed, "first_column": first}
     y = oracle(x, weight, lora_a, lora_b, case.scaling, bias, **mask)
     dx, da, db = torch.autograd.grad(y, (x, lora_a, lora_b), dy)
+    if inputs.onto is not None:
+        dx = dx + inputs.onto.to(dtype)
     # P is what the layer gives for a zero weight and the identity as B, but for the power of two.
     zero, identity = torch.zeros_like(lora_a), torch.eye(case.r, dtype=dtype, device=x.device)
     scaling = split_scaling(case.scaling, p, case.dtype).factor * (1 - p)

@@ -34,6 +34,12 @@ CASES = (
     Case(600, 72, 72, 8, bf16),
     Case(600, 72, 72, 8, bf16, needs=(False, True, False)),
     *(Case(136, 72, 264, 24, bf16, dropout_p=p, needs=n) for n in SUBSETS for p in (0.0, 0.5)),
+    # dx added to one that is there: tiles that end in a panel; held ones that leave behind
+    # products, ahead of them and at the end.
+    Case(1, 8, 8, 8, fp16, onto=True),
+    Case(300, 264, 520, 72, bf16, scaling=2.0, onto=True),
+    Case(600, 72, 328, 8, fp16, onto=True),
+    Case(257, 328, 264, 24, bf16, dropout_p=0.3, needs=(True, False, False), onto=True),
 )
 
 # fp32 adapters take R in steps of 4, and 32 of R to a stage.

@@ -39,15 +39,18 @@ CASES = (
     Case(200, 72, 264, 24, bf16, dropout_p=0.3),
     Case(200, 264, 584, 72, bf16),
     Case(600, 72, 72, 8, bf16),
+    Case(200, 264, 328, 24, bf16, onto=True),
 )
 
 
 def notices(
-    machines: Callable[[int], Machine], adapter_dtype: torch.dtype = bf16, seeds: int = 12
+    machines: Callable[[int], Machine],
+    adapter_dtype: torch.dtype = bf16,
+    seeds: int = 4 * len(CASES),
 ) -> str:
     """Return by what some case and schedule fails, or ""."""
     cases = [case._replace(adapter_dtype=adapter_dtype) for case in CASES]
-    attempts = (_failure(machines(seed), cases[seed % 3]) for seed in range(seeds))
+    attempts = (_failure(machines(seed), cases[seed % len(cases)]) for seed in range(seeds))
     return next(filter(None, attempts), "")
 
 
@@ -71,7 +74,7 @@ def _machine(seed: int, edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
 
 @pytest.mark.parametrize("adapter_dtype", [bf16, fp32])
 def test_without_a_fault_nothing_is_noticed(adapter_dtype: torch.dtype) -> None:
-    assert notices(_machine, adapter_dtype, seeds=3) == ""
+    assert notices(_machine, adapter_dtype, seeds=len(CASES)) == ""
 
 
 # --- In the PTX -----------------------------------------------------------------------------------
@@ -240,6 +243,25 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
         STORE,
         "store.put(kFirst + begin, kFirst + end)",
         "store.put(begin, end)",
+    ),
+    "the dx that is there is lost": ("backward_bf16", STORE, "if (to.adds)", "if (false)"),
+    "a new dx is added to what its memory held": (
+        "backward_bf16",
+        "lora_linear/backward_sm90.cuh",
+        "{&f.dx, f.adds_dx}",
+        "{&f.dx, true}",
+    ),
+    "dx is added twice": (
+        "backward_bf16",
+        STORE,
+        "ptx::tma_add(to.map, panel, inner, outer);\n",
+        "ptx::tma_add(to.map, panel, inner, outer);\n" * 2,
+    ),
+    "one panel of dx is stored in place of added": (
+        "backward_bf16",
+        STORE,
+        "if (to.adds)",
+        "if (to.adds && inner != kPanel)",
     ),
     "products start before all threads have masked": (
         "forward_bf16",

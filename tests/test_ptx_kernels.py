@@ -127,6 +127,8 @@ ANYWHERE = {
     "a release is for the own CTA",
     "an acquire is relaxed",
     "an addition is removed",
+    "a box to add is stored",
+    "a box to store is added",
 }
 
 
@@ -189,6 +191,8 @@ FAULTY = {
         Case(280, 344, 344, 136, bf16),
         Case(280, 344, 344, 24, bf16, dropout_p=0.25),
         Case(2200, 264, 264, 8, bf16),
+        Case(280, 344, 600, 24, bf16, onto=True),
+        Case(280, 72, 600, 8, bf16, dropout_p=0.25, onto=True),
     ),
 }
 

@@ -259,6 +259,16 @@ LORA_DEVICE void tma_store(const TensorMap* map, uint32_t source, int inner, int
       : "memory");
 }
 
+// The same, but what is there already is added to, each element rounded to nearest in its own type.
+// It belongs to the same groups as stores do.
+LORA_DEVICE void tma_add(const TensorMap* map, uint32_t source, int inner, int outer) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], "
+      "[%1];" ::"l"(map),
+      "r"(source), "r"(inner), "r"(outer)
+      : "memory");
+}
+
 LORA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until all but the latest kPending groups of this thread have read their shared memory.

@@ -18,7 +18,8 @@ struct BackwardParameters {
   // dy in boxes of 128 rows for Q and dx, of 64 for db, which contracts over the rows.
   TensorMap dy, dy_deep, x, w, a, b, p, q, dx, da, db;
   uint32_t* workspace;
-  int ctas;  // of a cluster, which takes as many blocks of 128 at a time
+  bool adds_dx;  // to the dx that is there, instead of replacing it
+  int ctas;      // of a cluster, which takes as many blocks of 128 at a time
   int words, m, n, r;
   SkinnyGrid q_items, db_items, da_items;
   TileGrid dx_tiles;
@@ -170,7 +171,7 @@ template <class Element, class Adapter>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_linear_backward(const __grid_constant__ BackwardParameters f) {
   run_items<Adapter>(
-      f.ctas, &f.dx, f.workspace, f.words, f.end(),
+      f.ctas, {&f.dx, f.adds_dx}, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         const Item item = f.item(ticket, pipeline.rank);
@@ -224,6 +225,7 @@ Failure backward(const BackwardArguments& arguments, cudaStream_t stream) {
                                 maps.of<Adapter>(f.da, f.r, f.k),
                                 maps.of<Adapter>(f.db, f.n, f.r),
                                 reinterpret_cast<uint32_t*>(f.workspace),
+                                f.adds_dx,
                                 ctas,
                                 kReady + groups(f.m, true) * ctas,
                                 f.m,

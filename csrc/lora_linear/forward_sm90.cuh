@@ -106,7 +106,7 @@ template <class Element, class Adapter>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_linear_forward(const __grid_constant__ ForwardParameters f) {
   run_items<Adapter>(
-      f.ctas, &f.y, f.workspace, f.words, f.end(),
+      f.ctas, {&f.y, false}, f.workspace, f.words, f.end(),
       [&](Pipeline& pipeline, int ticket) { produce<Element, Adapter>(f, pipeline, ticket); },
       [&](Pipeline& pipeline, Store& store, int ticket) {
         if (ticket < f.p_items.count) {

@@ -31,6 +31,7 @@ struct BackwardArguments {
   int m = 0, n = 0, k = 0, r = 0;
   Matrix dy, x, w, a, b, p, q, dx, da, db;  // q is scratch; x is absent without da, p without db
   bool need_dx = false, need_da = false, need_db = false;
+  bool adds_dx = false;  // to what is there
   uintptr_t workspace = 0;
   Scale scale;
   Dropout dropout;
@@ -41,7 +42,7 @@ template <class Element, class Adapter>
 Failure forward(const ForwardArguments& arguments, cudaStream_t stream);
 
 // The needed ones of dx = dy*W + 2^e*keep(Q*A), da = 2^e*Q^T*keep(x) and db = 2^e*dy^T*P, in one
-// launch.
+// launch. With adds_dx, dx is rounded and then added to what is there, which is rounded again.
 template <class Element, class Adapter>
 Failure backward(const BackwardArguments& arguments, cudaStream_t stream);
 

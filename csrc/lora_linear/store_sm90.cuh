@@ -13,15 +13,21 @@ namespace lora {
 constexpr int kTilePanels = kPanelsB;                   // of a warpgroup's rows of a tile
 constexpr int kPanelPairs = kPanel * kPanel / 2 / 128;  // of 16-bit elements, in each thread
 
+// Where main or dx tiles go to, and whether they are added to what is there.
+struct Tiles {
+  const TensorMap* map;
+  bool adds;
+};
+
 // This warpgroup's panels for stores: two, so that one is filled while the other is being read.
 struct Store {
   uint32_t panels;
-  const TensorMap* tiles;  // where they go to
+  Tiles tiles;
   int next = 0;
   uint32_t held[kTilePanels * kPanelPairs];
   int held_row = -1, held_column = 0;  // a row below 0 says that nothing has been held yet
 
-  LORA_DEVICE Store(const Pipeline& pipeline, const TensorMap* tiles)
+  LORA_DEVICE Store(const Pipeline& pipeline, const Tiles& tiles)
       : panels(pipeline.base + kStoreOffset + consumer() * kStorePanels * kPanelBytes),
         tiles(tiles) {}
 
@@ -34,7 +40,8 @@ struct Store {
 #pragma unroll
     for (int chunk = 0; chunk < kPanel / kRowElements<T>; ++chunk) {
       const int at = chunk * kRowElements<T>;
-      send(map, (kTransposed ? row : column) + at, kTransposed ? column : row, [&](uint32_t panel) {
+      const int inner = (kTransposed ? row : column) + at, outer = kTransposed ? column : row;
+      send({map, false}, inner, outer, [&](uint32_t panel) {
         if constexpr (std::is_same_v<T, float>) {
           write_fp32<kTransposed>(acc, chunk, panel);
         } else {
@@ -66,9 +73,9 @@ struct Store {
     }
   }
 
-  // Stores at (inner, outer) what `write` leaves in the next panel.
+  // Stores, or adds, at (inner, outer) what `write` leaves in the next panel.
   template <class Write>
-  LORA_DEVICE void send(const TensorMap* map, int inner, int outer, const Write& write) {
+  LORA_DEVICE void send(const Tiles& to, int inner, int outer, const Write& write) {
     const uint32_t panel = panels + next * kPanelBytes;
     next ^= 1;
     if (leads()) ptx::tma_store_wait_read<1>();
@@ -77,7 +84,11 @@ struct Store {
     ptx::fence_proxy_async_shared();
     ptx::warpgroup_sync(own_barrier());
     if (leads()) {
-      ptx::tma_store(map, panel, inner, outer);
+      if (to.adds) {
+        ptx::tma_add(to.map, panel, inner, outer);
+      } else {
+        ptx::tma_store(to.map, panel, inner, outer);
+      }
       ptx::tma_store_commit();
     }
   }

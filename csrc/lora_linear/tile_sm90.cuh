@@ -230,7 +230,7 @@ LORA_DEVICE Dropout with_seed(Dropout dropout) {
 // consumer warpgroups for each ticket below `end`; main or dx tiles go to `tiles`. The last CTA to
 // finish zeroes the workspace.
 template <class Adapter, class Produce, class Consume>
-LORA_DEVICE void run_items(int ctas, const TensorMap* tiles, uint32_t* workspace, int words,
+LORA_DEVICE void run_items(int ctas, const Tiles& tiles, uint32_t* workspace, int words,
                            uint32_t end, const Produce& produce, const Consume& consume) {
   Pipeline pipeline(ctas, std::is_same_v<Adapter, float>);
   if (ptx::thread_index() == 0) pipeline.init();

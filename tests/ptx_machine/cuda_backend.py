@@ -64,9 +64,9 @@ def on(machine: Machine) -> Backend:
     """Return the CUDA backend whose launches go to `machine`."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(operands: Any, *onto: Tensor) -> Any:
             memory = Memory()
-            for tensor in inputs(arguments):
+            for tensor in inputs(operands):
                 memory.add(tensor, writable=False)
             library, module = _library()
             handler, failures = _handler(machine, memory)
@@ -75,7 +75,7 @@ def on(machine: Machine) -> Backend:
                 patch.setattr(extension, "load", lambda: module)
                 patch.setattr(cuda, "reserve", reserved)
                 try:
-                    return function(*arguments)
+                    return function(operands, *onto)
                 except RuntimeError as error:
                     raise (failures[0] if failures else error) from None
 

@@ -300,6 +300,14 @@ FAULTS = (
         behind=_RELEASE,
     ),
     Fault("an addition is removed", removed(r"red\.global.*|red\.relaxed\.gpu\.global.*")),
+    Fault(
+        "a box to add is stored",
+        _renamed(r"^cp\.reduce(.*)\.add(?=\.)", r"cp\1"),
+    ),
+    Fault(
+        "a box to store is added",
+        _renamed(r"^cp(\.async\.bulk\.tensor.*\.global\.shared::cta)", r"cp.reduce\1.add"),
+    ),
     Fault("a group of cp.async is never closed", removed(r"cp\.async\.commit_group")),
     Fault("a flag is not waited for", _known_flag),
     Fault(

@@ -135,9 +135,10 @@ def tensor_map(
     box: Sequence[int],
     element_bytes: int,
     swizzle_bytes: int,
+    element: torch.dtype | None = None,
 ) -> bytes:
     """Return the 128 bytes that stand for a tensor map; innermost dimension first, pitches in bytes
-    from the second dimension on."""
+    from the second dimension on. Where boxes are added to the tensor, `element` is its dtype."""
     rank = len(sizes)
     assert len(pitches) == rank - 1
     assert len(box) == rank
@@ -150,7 +151,8 @@ def tensor_map(
         return [*values, *[0] * (length - len(values))]
 
     packed = struct.pack(
-        "<QQ5I4x4Q5H3B", MAGIC, address, *five(sizes), *five(pitches, 4), *five(box), rank,
+        "<QQ5I4x4Q5H4B", MAGIC, address, *five(sizes), *five(pitches, 4), *five(box), rank,
         element_bytes, {0: 0, 32: 1, 64: 2, 128: 3}[swizzle_bytes],
+        {None: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}[element],
     )  # fmt: skip
     return packed.ljust(128, b"\0")

@@ -59,12 +59,6 @@ def _dirty_words() -> int:
     return dirty
 
 
-def inputs(arguments: tuple[object, ...]) -> list[Tensor]:
-    """Return the tensors of a backend's call, which its kernels may only read."""
-    found: list[Tensor] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            found.append(argument)
-        elif isinstance(argument, tuple):
-            found += inputs(argument)
-    return found
+def inputs(operands: tuple[object, ...]) -> list[Tensor]:
+    """Return the tensors among a call's operands, which kernels may only read."""
+    return [operand for operand in operands if isinstance(operand, Tensor)]

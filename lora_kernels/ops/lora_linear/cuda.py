@@ -75,15 +75,15 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     return y, p
 
 
-def backward(call: Backward) -> Gradients:
-    """Return the needed ones of dx, da and db; copies as `forward` does."""
+def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
+    """Return the needed ones of dx, da and db, dx added to `onto`; copies as `forward` does."""
     dy, x, weight, _, lora_b, p, *_ = call
     narrow = p if lora_b is None else lora_b
     if narrow is None:
         return Gradients(None, None, None)
     m, n, k, r = call.sizes()
     read, copies = _addressed(*call[:6])
-    dx = None if weight is None else dy.new_empty(m, k)
+    dx = dy.new_empty(m, k) if weight is not None and onto is None else onto
     da = None if x is None else narrow.new_empty(r, k)
     db = None if p is None else narrow.new_empty(n, r)
     q = None if lora_b is None else narrow.new_empty(m, r)
@@ -97,14 +97,14 @@ def backward(call: Backward) -> Gradients:
         flags = reserve(_words(m), device, stream)
         extension.load().lora_linear_backward(
             dy.dtype == torch.bfloat16, narrow.dtype == torch.float32, m, n, k, r, *read, *made,
-            flags.data_ptr(), call.scale(), _dropout(call), stream,
+            onto is not None, flags.data_ptr(), call.scale(), _dropout(call), stream,
         )  # fmt: skip
     del copies
     return Gradients(dx, da, db)
 
 
 BACKEND = Backend(
-    "cuda", why_not, forward, backward, functools.partial(choose.why_not_auto, "cuda")
+    "cuda", why_not, forward, backward, functools.partial(choose.why_not_auto, "cuda"), adds_dx=True
 )
 
 

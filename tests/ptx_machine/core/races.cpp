@@ -58,12 +58,15 @@ const char* Races::clash(const Record& record, const Access& access, Space space
                          warp(record.agent) == warp(access.agent);
   const bool in_order = same_warp && is_generic(record.agent) && is_generic(access.agent);
   if (!in_order && known.happened[record.agent] < record.time) {
-    // A store may lose a count that it does not come after; other strong accesses may meet.
+    // A store may lose a count that it does not come after; other strong accesses may meet, within
+    // a proxy.
     const bool lost_count = (record.strength == Strength::kAtomic &&
                              access.strength == Strength::kStrong && access.write) ||
                             (access.strength == Strength::kAtomic &&
                              record.strength == Strength::kStrong && record.write);
-    if (record.strength != Strength::kWeak && access.strength != Strength::kWeak && !lost_count) {
+    const bool same_proxy = is_async(record.agent) == access.async;
+    if (record.strength != Strength::kWeak && access.strength != Strength::kWeak && same_proxy &&
+        !lost_count) {
       return nullptr;
     }
     if (access.rewrites && is_generic(record.agent)) return nullptr;

@@ -40,7 +40,7 @@ struct Product {
   bool done = false;
 };
 
-// cp.async.bulk to global memory: a box on its way, read first and written later.
+// cp.async.bulk to global memory: a box on its way, read first and written, or added, later.
 struct BulkStore {
   struct Piece {
     u64 address;
@@ -52,6 +52,7 @@ struct BulkStore {
   u32 from;
   u32 group;
   u32 pc;
+  bool adds;
   bool read = false;
   std::vector<Piece> pieces;
 };

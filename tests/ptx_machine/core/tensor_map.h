@@ -13,7 +13,8 @@ struct TensorMap {
   u64 pitch[4];  // bytes, of the second dimension and on
   u16 box[5];
   u8 rank, element_bytes;
-  u8 swizzle;  // 0: none; 1, 2, 3: within 32, 64, 128 bytes
+  u8 swizzle;                                        // 0: none; 1, 2, 3: within 32, 64, 128 bytes
+  enum : u8 { kCopied, kF16, kBf16, kF32 } element;  // kCopied: nothing is added to it
 };
 static_assert(sizeof(TensorMap) <= 128);
 

@@ -1,4 +1,5 @@
-// cp.async.bulk.tensor: boxes of tensors to shared memory, by one CTA for several, and back.
+// cp.async.bulk.tensor: boxes of tensors to shared memory, by one CTA for several, and back;
+// cp.reduce.async.bulk.tensor: back, added to what is there.
 #include "machine.h"
 
 namespace ptx {
@@ -62,7 +63,7 @@ void visit_box(const TensorMap& map, const std::vector<s32>& at, u32 shared, con
 // --- Loads
 // ----------------------------------------------------------------------------------------
 
-enum { kMulticast = 0, kRank = 1 };
+enum { kMulticast = 0, kAdds = 0, kRank = 1 };
 
 void land(Machine& m, Cta& cta, const TensorMap& map, const std::vector<s32>& at, u32 to,
           u32 barrier, u32 pc) {
@@ -124,11 +125,11 @@ void load(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   }
 }
 
-// --- Stores
+// --- Stores and additions
 // ---------------------------------------------------------------------------------------
 
 // Lanes that store the same box write the same bytes: a warp's store need not elect a lane, and
-// hardware runs it once.
+// hardware runs it once. What lanes add, ptxas has them add one by one.
 bool is_repeated(const Warp& w, const Instruction& i, Mask lanes, int lane) {
   for (int other = 0; other < lane; ++other) {
     if (!(lanes >> other & 1)) continue;
@@ -143,14 +144,18 @@ bool is_repeated(const Warp& w, const Instruction& i, Mask lanes, int lane) {
 
 void store(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   const size_t rank = static_cast<size_t>(i.number[kRank]);
+  const bool adds = i.number[kAdds];
   for (int l = 0; l < kLanes; ++l) {
-    if (!(lanes >> l & 1) || is_repeated(w, i, lanes, l)) continue;
+    if (!(lanes >> l & 1) || (!adds && is_repeated(w, i, lanes, l))) continue;
     BulkStore made{map_at(m, w, w.value(i.in[0], l)),
                    {},
                    static_cast<u32>(w.value(i.in[1], l) + static_cast<u64>(i.number[2])),
                    w.store_groups,
-                   w.pc()};
+                   w.pc(),
+                   adds};
     if (made.map.rank != rank) m.fail(w, "a tensor map of another rank");
+    if (adds && made.map.element == TensorMap::kCopied)
+      m.fail(w, "an addition to elements of a type that is not modelled");
     for (size_t k = 0; k < rank; ++k) made.at.push_back(static_cast<s32>(w.value(i.in[2 + k], l)));
     Cta& cta = m.owner(w, made.from, false);
     if (made.from % (made.map.swizzle == 0 ? 16 : 128) != 0)
@@ -161,7 +166,10 @@ void store(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
                    {w.agent(kBulkRead), group, w.pc(), false, true}, w.known);
     visit_box(made.map, made.at, made.from, [&](u32, u64 global, u32 bytes, bool inside) {
       if (!inside) return;
-      m.touch_global(w, global, bytes, {w.agent(kBulkWrite), group, w.pc(), true, true});
+      // An addition reads, too, which a write counts for; each element's is atomic.
+      m.touch_global(w, global, bytes,
+                     {w.agent(kBulkWrite), group, w.pc(), true, true,
+                      adds ? Strength::kAtomic : Strength::kWeak});
       m.counts[w.pc()].bytes += bytes;
     });
     w.stores.push_back(std::move(made));
@@ -185,22 +193,36 @@ void wait(Machine& m, Warp& w, const Instruction& i, Mask) {
 
 // --- Decoding
 
-void decode_tensor(Decoder& d) {
-  Modifiers& modifiers = d.modifiers;
+int take_rank(Decoder& d) {
   d.made.flow = Flow::kSwitch;
   d.made.once = true;
-  const int rank = 1 + modifiers.take_one({"1d", "2d", "3d", "4d", "5d"});
-  modifiers.take("tile");
+  const int rank = 1 + d.modifiers.take_one({"1d", "2d", "3d", "4d", "5d"});
+  d.modifiers.take("tile");
+  return rank;
+}
+
+void decode_store(Decoder& d, int rank, bool adds) {
+  for (const char* name : {"global", "shared::cta", "bulk_group"}) d.modifiers.take_one({name});
+  d.modifiers.take_cache_hints();
+  d.made.number = {adds, rank};
+  d.address(0, 8);
+  d.made.number[2] = d.address(1, 4);
+  for (int k = 0; k < rank; ++k) d.in(0, 4, 1 + k);
+  d.made.run = store;
+}
+
+void decode_reduction(Decoder& d) {
+  const int rank = take_rank(d);
+  d.modifiers.take_one({"add"});
+  decode_store(d, rank, true);
+}
+
+void decode_tensor(Decoder& d) {
+  Modifiers& modifiers = d.modifiers;
+  const int rank = take_rank(d);
   if (modifiers.left.empty()) throw Failure("it has no direction");
-  const bool stores = modifiers.left[0] == "global";
-  if (stores) {
-    for (const char* name : {"global", "shared::cta", "bulk_group"}) modifiers.take_one({name});
-    modifiers.take_cache_hints();
-    d.made.number = {0, rank};
-    d.address(0, 8);
-    d.made.number[2] = d.address(1, 4);
-    for (int k = 0; k < rank; ++k) d.in(0, 4, 1 + k);
-    d.made.run = store;
+  if (modifiers.left[0] == "global") {
+    decode_store(d, rank, false);
     return;
   }
   modifiers.take_one({"shared::cluster", "shared::cta"});
@@ -229,9 +251,38 @@ void decode_bulk(Decoder& d) {
   }
 }
 
+// Adds in the elements' own type, each sum rounded to nearest.
+template <class T>
+void add_elements(u64 address, const u8* data, u32 bytes) {
+  for (u32 at = 0; at < bytes; at += sizeof(T)) {
+    T there, more;
+    auto* to = reinterpret_cast<u8*>(address) + at;
+    std::memcpy(&there, to, sizeof(T));
+    std::memcpy(&more, data + at, sizeof(T));
+    const float sum = static_cast<float>(there) + static_cast<float>(more);
+    if constexpr (std::is_same_v<T, float>) {
+      std::memcpy(to, &sum, sizeof(T));
+    } else {
+      const T rounded = T::of(sum);
+      std::memcpy(to, &rounded, sizeof(T));
+    }
+  }
+}
+
+void add_piece(const TensorMap& map, const BulkStore::Piece& piece) {
+  if (map.element == TensorMap::kF16) {
+    add_elements<Half>(piece.address, piece.data, piece.bytes);
+  } else if (map.element == TensorMap::kBf16) {
+    add_elements<Bfloat>(piece.address, piece.data, piece.bytes);
+  } else {
+    add_elements<float>(piece.address, piece.data, piece.bytes);
+  }
+}
+
 }  // namespace
 
-// Reads shared memory, if that is still to be done; then writes global memory, if it shall.
+// Reads shared memory, if that is still to be done; then writes global memory, if it shall. What is
+// added is added to memory itself, at once: to a store that is held back, too.
 void Machine::advance(Warp& warp, BulkStore& store, bool to_memory) {
   if (!store.read) {
     store.read = true;
@@ -245,6 +296,12 @@ void Machine::advance(Warp& warp, BulkStore& store, bool to_memory) {
   }
   if (!to_memory) return;
   for (const auto& piece : store.pieces) {
+    if (store.adds) {
+      commit(*warp.cta, piece.address, piece.bytes);
+      add_piece(store.map, piece);
+      news();
+      continue;
+    }
     store_weak(*warp.cta, piece.address, piece.data, piece.bytes, warp.agent(kBulkWrite),
                store.group + 1);
   }
@@ -253,6 +310,7 @@ void Machine::advance(Warp& warp, BulkStore& store, bool to_memory) {
 
 void add_tma(Table& table) {
   table.family("cp.async.bulk.tensor", decode_tensor);
+  table.family("cp.reduce.async.bulk.tensor", decode_reduction);
   table.family("cp.async.bulk", decode_bulk);
 }
 

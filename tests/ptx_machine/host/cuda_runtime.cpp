@@ -45,6 +45,9 @@ CUresult encode(CUtensorMap* made, CUtensorMapDataType type, cuuint32_t rank, vo
   map.rank = static_cast<uint8_t>(rank);
   map.element_bytes = static_cast<uint8_t>(bytes);
   map.swizzle = static_cast<uint8_t>(swizzle);
+  map.element = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16  ? ptx::TensorMap::kBf16
+                : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? ptx::TensorMap::kF16
+                                                          : ptx::TensorMap::kF32;
   for (unsigned i = 0; i < rank; ++i) {
     right = right && sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 &&
             steps[i] == 1;

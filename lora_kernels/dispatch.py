@@ -17,11 +17,10 @@ class Backend(NamedTuple):
 
     `why_not(problem)` is pure and needs no GPU: it returns the reason the backend cannot run
     `problem`, or None. Dispatch, error messages, test skips and `lora_kernels.info` all read it.
-    `forward(call)` and `backward(call)` do the work on one typed object, the operands of a call in
-    that direction; an operator's `operands.py` documents them and what is returned.
+    `forward(call)` and `backward(call, onto=None)` do the work on one typed object, the operands of
+    a call in that direction; an operator's `operands.py` documents them and what is returned.
     `why_not_auto(problem, backward)` is the reason "auto" passes over it for that direction, or
-    None; a backend without one needs no proof. With `adds_dx`, `backward(call, onto)` adds dx to a
-    tensor in place.
+    None; a backend without one needs no proof.
     """
 
     name: str
@@ -29,7 +28,6 @@ class Backend(NamedTuple):
     forward: Callable[[Any], Any]
     backward: Callable[..., Any]
     why_not_auto: Callable[[Any, bool], str | None] | None = None
-    adds_dx: bool = False
 
     def unproven(self, problem: Any, backward: bool = False) -> str | None:
         """Return why "auto" passes over this backend although it could run `problem`, or None."""

@@ -82,6 +82,9 @@ CASES = (
     Case(40, 50, 60, 8, needs=(False, True, False), dropout_p=0.5),
     Case(40, 50, 60, 8, needs=(False, False, True)),
     Case(40, 50, 60, 8, needs=(False, True, True)),
+    Case(300, 72, 264, 20, onto=True),
+    Case(67, 131, 89, 5, bf16, dropout_p=0.3, strided=True, onto=True),
+    Case(130, 70, 257, 17, bf16, fp32, needs=(True, False, False), onto=True),
     Case(0, 5, 7, 3, bias=True),
     Case(5, 0, 7, 3),
     Case(5, 7, 0, 3, bias=True),
@@ -163,9 +166,9 @@ def run_backward(backend: Backend, call: Backward, onto: Tensor | None) -> Gradi
     Raises:
         AssertionError: dx is another tensor than that copy.
     """
-    more = () if onto is None else (torch.empty_like(onto).copy_(onto),)
-    gradients: Gradients = backend.backward(call, *more)
-    assert not more or gradients.dx is more[0], "dx is not the tensor it was to be added to"
+    there = None if onto is None else torch.empty_like(onto).copy_(onto)
+    gradients: Gradients = backend.backward(call, there)
+    assert there is None or gradients.dx is there, "dx is not the tensor it was to be added to"
     return gradients
 
 

@@ -282,6 +282,27 @@ def test_a_slice_of_x_is_launched_with_its_own_mask(base: Callable[[], Any], are
     assert [launched(arena, call) for call in calls * 2] == fresh * 2
 
 
+@pytest.mark.parametrize("module", [backend, pytest.param(cuda, marks=extension)])
+def test_a_dx_is_added_to_by_the_same_kernel_told_so(module: Any, arena: Arena) -> None:
+    call = backward_call()
+    gpu.struct_bytes.value = 11 * 128 + 9  # the extension's: as far as the flag
+
+    def run(adds: bool) -> Seen:
+        arena.used = 0
+        there = arena.new_empty(call.dy, M, K) if adds else None  # where a new dx would be
+        before = gpu.record.launches
+        found = module.backward(call, there)
+        assert there is None or found.dx is there
+        assert gpu.record.launches == before + 1
+        return seen(gpu.last)
+
+    for _ in range(2):  # compiled, and kept
+        new, added = run(False), run(True)
+        pairs = zip(new.parameters, added.parameters, strict=True)
+        assert [pair for pair in pairs if pair[0] != pair[1]] == [(0, 1)]
+        assert new._replace(parameters=b"") == added._replace(parameters=b"")
+
+
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_the_precision_of_fp32_products_is_read_anew(
     setting: str, arena: Arena, monkeypatch: pytest.MonkeyPatch

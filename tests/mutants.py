@@ -1,7 +1,8 @@
 """Wrong backends, made from a right one: `lora_kernels.testing` must tell each of them apart.
 
 A mutant is a function from a backend to a backend with one defect. It only changes what goes into
-or comes out of `forward` and `backward`, so the same mutants judge the checks of every backend.
+or comes out of `forward` and `backward`, so the same mutants judge the checks of every backend. A
+backward that adds to a dx is right but in the mutants that are about it (`adding`).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,9 @@ def given(change: Callable[[Any], Any], *outputs: str) -> Mutant:
     def mutate(backend: Backend) -> Backend:
         run = getattr(backend, direction)
 
-        def mutant(call: Any) -> tuple[Tensor | None, ...]:
+        def mutant(call: Any, onto: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            if onto is not None:
+                return run(call, onto)
             right, wrong = run(call), run(change(call))
             return tuple(
                 w if name in outputs and r is not None else r
@@ -45,13 +48,28 @@ def returned(output: str, change: Callable[[Tensor, Any], Tensor]) -> Mutant:
     def mutate(backend: Backend) -> Backend:
         run = getattr(backend, direction)
 
-        def mutant(call: Any) -> tuple[Tensor | None, ...]:
+        def mutant(call: Any, onto: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            if onto is not None:
+                return run(call, onto)
             return tuple(
                 change(r, call) if name == output and r is not None else r
                 for name, r in zip(OUTPUTS[direction], run(call), strict=True)
             )
 
         return backend._replace(**{direction: mutant})
+
+    return mutate
+
+
+def adding(change: Callable[[Tensor, Tensor], Tensor]) -> Mutant:
+    """Return `change(onto, dx)` for a dx that is to be added to another."""
+
+    def mutate(backend: Backend) -> Backend:
+        def mutant(call: Any, onto: Tensor | None = None) -> Any:
+            found = backend.backward(call)
+            return found if onto is None else found._replace(dx=change(onto, found.dx))
+
+        return backend._replace(backward=mutant)
 
     return mutate
 
@@ -353,6 +371,14 @@ MUTANTS: dict[str, Mutant] = {
     "y right, x overwritten": returned("y", _overwriting("x")),
     "dx right, dy overwritten": returned("dx", _overwriting("dy")),
     "db right, B overwritten": returned("db", _overwriting("lora_b")),
+    "dx added to a new tensor": adding(lambda onto, dx: onto + dx),
+    "dx returned instead of added": adding(lambda onto, dx: dx),
+    "dx put in the place of another": adding(lambda onto, dx: onto.copy_(dx)),
+    "dx not added": adding(lambda onto, dx: onto),
+    "dx added twice": adding(lambda onto, dx: onto.add_(dx, alpha=2)),
+    "a panel of dx put in the place of another": adding(
+        lambda onto, dx: onto.add_(dx).index_copy_(1, torch.arange(64), dx[:, :64])
+    ),
     "needed dx not returned": returned("dx", lambda t, c: None),
     "needed da not returned": returned("da", lambda t, c: None),
     "needed db not returned": returned("db", lambda t, c: None),

@@ -263,6 +263,19 @@ def hanging_backward(call: Backward, found: Gradients) -> Gradients:
     return found
 
 
+def adding_anew(call: Backward, found: Gradients, onto: torch.Tensor) -> Gradients:
+    return found._replace(dx=onto + found.dx)
+
+
+def ignoring_what_is_there(call: Backward, found: Gradients, onto: torch.Tensor) -> Gradients:
+    return found
+
+
+def adding_twice(call: Backward, found: Gradients, onto: torch.Tensor) -> Gradients:
+    return found._replace(dx=onto.add_(found.dx, alpha=2))
+
+
+ADDING = adding_anew, ignoring_what_is_there, adding_twice
 BACKWARD = (
     wrong_da_under_dropout, slow_backward, without_db_in_company, wrong_db_under_dropout,
     wrong_da_alone, another_da_in_one_of_20_calls, changing_dy, hanging_backward,
@@ -271,7 +284,7 @@ BACKWARD = (
 
 def backend(name: str) -> Backend:
     """The reference backend with the defect of that name."""
-    defect: Callable[[Any, Any], Any] = globals()[name]
+    defect: Callable[..., Any] = globals()[name]
 
     def why_not(problem: Problem) -> str | None:
         if name == "crashing_at_import":
@@ -283,10 +296,12 @@ def backend(name: str) -> Backend:
 
     def forward(call: Forward) -> tuple[torch.Tensor, torch.Tensor]:
         y, p = reference.forward(call)
-        return (y if defect in BACKWARD else defect(call, y)), p
+        return (y if defect in (*BACKWARD, *ADDING) else defect(call, y)), p
 
-    def backward(call: Backward) -> Gradients:
-        found = reference.backward(call)
+    def backward(call: Backward, onto: torch.Tensor | None = None) -> Gradients:
+        if onto is not None and defect in ADDING:
+            return defect(call, reference.backward(call), onto)
+        found = reference.backward(call, onto)
         return defect(call, found) if defect in BACKWARD else found
 
     return Backend(name, why_not, forward, backward, lambda problem, backward: None)
@@ -296,8 +311,10 @@ def remembering() -> Backend:
     """Right, and fast when a call comes again: it keeps what the last one gave."""
     plain, kept = backend("right"), dict[str, tuple[Any, Any]]()
 
-    def once(direction: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def remembered(call: Any) -> Any:
+    def once(direction: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(call: Any, onto: torch.Tensor | None = None) -> Any:
+            if onto is not None:
+                return run(call, onto)
             known, result = kept.get(direction, (None, None))
             if known is not call:
                 result = run(call)

@@ -62,8 +62,8 @@ def test_what_is_written_beside_a_result_is_noticed(where: int, result: str) -> 
         y, p = BACKEND.forward(call)
         return (beside(y) if result == "y" else y), p
 
-    def backward(call: operands.Backward) -> operands.Gradients:
-        found = BACKEND.backward(call)
+    def backward(call: operands.Backward, onto: torch.Tensor | None = None) -> operands.Gradients:
+        found = BACKEND.backward(call, onto)
         return found._replace(dx=beside(found.dx)) if result == "dx" else found
 
     mutant = BACKEND._replace(forward=forward, backward=backward)

@@ -15,6 +15,7 @@ from ptx_machine import build, cuda_backend
 from ptx_machine.faults import COMPUTED, FAULTS, Fault, study
 from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel
+from readers import check_readers
 from slices import check_slices
 
 from lora_kernels.dispatch import Backend
@@ -170,6 +171,15 @@ def test_slices_of_x_have_their_part_of_its_mask_in_cuda(adapters: torch.dtype) 
     check_slices(cuda_backend.on(Machine(multiprocessors=6)), bf16, adapters)
 
 
+@pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_readers_of_one_x_sum_its_gradient_in_cuda(
+    dropout_p: float, adapters: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(140, 72, 264, 24, bf16, adapters, dropout_p=dropout_p)
+    check_readers(cuda_backend.on(Machine(multiprocessors=6)), case, monkeypatch)
+
+
 CUDA_FROZEN = [case for case in FROZEN_CASES if cuda_backend.takes(case.problem())]
 
 
@@ -244,6 +254,11 @@ TRITON_CASES: tuple[tuple[int, TileConfig | None, Case], ...] = (
     # Blocks of rows in several groups; more flags than a CTA clears at once.
     (80, NARROW, Case(4100, 72, 8, 8, bf16)),
     (90, SMALL, Case(130, 136, 72, 24, bf16, dropout_p=0.3, first_column=504)),
+    # dx added to one that is there, by whole rows of 16 bytes and by ragged ones.
+    (80, SMALL, Case(130, 96, 200, 24, fp16, fp32, scaling=2.0, onto=True)),
+    (80, FP32, Case(67, 70, 41, 17, fp32, dropout_p=0.3, onto=True)),
+    (90, SMALL, Case(130, 96, 71, 24, bf16, dropout_p=0.3, onto=True)),
+    (90, WIDE, Case(264, 72, 328, 40, bf16, needs=(True, False, False), onto=True)),
     *(
         (arch, SMALL, Case(136, 72, 264, 24, bf16, dropout_p=0.5, needs=needs))
         for arch, needs in zip((80, 90, 90, 90), SUBSETS, strict=True)
@@ -272,6 +287,15 @@ def test_slices_of_x_have_their_part_of_its_mask_in_triton(
     arch: int, adapters: torch.dtype
 ) -> None:
     check_slices(on(arch, SMALL)(Machine(multiprocessors=6)), bf16, adapters)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_readers_of_one_x_sum_its_gradient_in_triton(
+    arch: int, dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(70, 24, 72, 8, bf16, dropout_p=dropout_p)
+    check_readers(on(arch, SMALL)(Machine(multiprocessors=6)), case, monkeypatch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -99,6 +99,10 @@ def bits(value: float) -> str:
     return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
 
 
+# Of products 261/256 and 259/256, half way between two bf16.
+FUSED = "mov.b16 %h3, {}; fma.rn.bf16 %h0, %h1, %h2, %h3;"
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "expected"),
     [
@@ -110,6 +114,12 @@ def bits(value: float) -> str:
         (f"cvt.rna.tf32.f32 %f0, {bits(1 + 2**-11)};", "f32", 1 + 2**-10),
         (f"min.f32 %f0, {bits(math.nan)}, {bits(3.0)};", "f32", 3.0),
         ("mov.f32 %f0, %f63;", "f32", math.nan),  # nobody has written it
+        # Where the sum is a tie it goes to even, where a bit far below says otherwise it does not.
+        ("mov.b16 %h1, 0x4380; mov.b16 %h2, 0x3F80; add.bf16 %h0, %h1, %h2;", "bf16", 256.0),
+        ("mov.b16 %h1, 0x6800; mov.b16 %h2, 0x4200; add.f16 %h0, %h1, %h2;", "f16", 2052.0),
+        ("mov.b16 %h1, 0x4110; mov.b16 %h2, 0x3DE8;" + FUSED.format("0"), "bf16", 1.015625),
+        ("mov.b16 %h1, 0x4110; mov.b16 %h2, 0x3DE8;" + FUSED.format("0x0080"), "bf16", 1.0234375),
+        ("mov.b16 %h1, 0x40E0; mov.b16 %h2, 0x3E14;" + FUSED.format("0x8080"), "bf16", 1.0078125),
     ],
 )
 def test_floats(code: str, kind: str, expected: float) -> None:

@@ -26,15 +26,16 @@ from peft_models import (
     run,
     x_for,
 )
+from readers import check_readers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels.ops.lora_linear import op, reference, shared_dx
+from lora_kernels.ops.lora_linear import reference, shared_dx
 from lora_kernels.peft import fuse, unfuse
-from lora_kernels.testing import assert_accurate
+from lora_kernels.testing import Case, assert_accurate
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -138,6 +139,14 @@ def test_autograd_adds_less() -> None:
     assert adds == [1, 3]  # one for the residual
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_calls_of_the_operator_sum_as_layers_do(
+    dropout_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do on the kernels, in `test_ptx_kernels.py` and `triton_interpreted.py`."""
+    check_readers(reference.BACKEND, Case(40, 24, 48, 8, bf16, None, True, dropout_p), monkeypatch)
+
+
 @pytest.mark.parametrize("rank", [4, 20])
 def test_wide_sums_are_as_right_as_autograds(rank: int) -> None:
     torch.manual_seed(0)
@@ -169,16 +178,6 @@ def test_a_member_that_peft_runs(onto: list[bool]) -> None:
         inner(model).k.base_layer.register_forward_hook(lambda *_: None)
     judge(*trio)
     assert onto == [False, True]
-
-
-def test_a_backend_that_cannot_add(monkeypatch: pytest.MonkeyPatch, onto: list[bool]) -> None:
-    def backward(call: Any) -> Any:
-        return reference.backward(call)
-
-    other = reference.BACKEND._replace(backward=backward, adds_dx=False)
-    monkeypatch.setattr(op, "BACKENDS", (other,))
-    judge(*models())
-    assert onto == []
 
 
 @pytest.mark.parametrize("wanted", ["x", "h", "A", "h, then x"])

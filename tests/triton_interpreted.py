@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from readers import check_readers
 from slices import check_slices
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,7 +71,7 @@ def case_id(case: Case) -> str:
     needs = "".join(name for name, need in zip(("dx", "da", "db"), case.needs, strict=True) if need)
     return (
         f"{case.m}x{case.n}x{case.k}r{case.r}-{dtypes}-p{case.dropout_p}-{needs}"
-        f"{'-bias' * case.bias}{'-strided' * case.strided}"
+        f"{'-bias' * case.bias}{'-strided' * case.strided}{'-onto' * case.onto}"
     )
 
 
@@ -153,6 +154,14 @@ def test_the_mask_is_the_references_bit_for_bit(p: float, seed: int) -> None:
     assert torch.equal(dx != 0, keep)
     assert da is not None
     torch.testing.assert_close(da * (1 - p), keep.sum(0).float().expand(k, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_readers_of_one_x_sum_its_gradient(
+    dtype: torch.dtype, dropout_p: float, described: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_readers(backend.BACKEND, Case(67, 23, 89, 5, dtype, dropout_p=dropout_p), monkeypatch)
 
 
 @pytest.mark.parametrize("first", [0, 1000, 2**31 - 512])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.lora_linear import shared_dx
-from lora_kernels.ops.lora_linear.op import sums_dx
 from lora_kernels.peft.parts import Adapter, Frozen
 
 _SHARES = "_lora_kernels_shares_input"  # in a layer's __dict__
@@ -41,7 +40,6 @@ def stand_in(
         or state["_backward_hooks"]  # which may look for this layer's own dx in the graph
         or frozen.split is not None  # sums dx over processes
         or (adapter.compute is not None and adapter.dropout_p)  # reads x outside the operator, too
-        or not sums_dx(x, dtype, adapter.lora_a, adapter.lora_b, adapter.dropout_p)
     ):
         return None
     return shared_dx.stand_in(x, dtype, copy)

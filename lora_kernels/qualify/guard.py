@@ -14,19 +14,20 @@ def guarded(backend: Backend) -> Backend:
     """Return `backend` with every call watched.
 
     A call raises AssertionError if it leaves a setting or random state of torch other than it found
-    them, which are then put back for those who come after it; or if a result is no new, contiguous
-    tensor: the caller may write to it, and `torch.compile` was told that it is.
+    them, which are then put back for those who come after it; or if a result, other than a dx that
+    was added to, is no new, contiguous tensor: the caller may write to it, and `torch.compile` was
+    told that it is.
     """
 
-    def watched(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def call(operands: Any) -> Any:
+    def watched(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(operands: Any, onto: Tensor | None = None) -> Any:
             before = _state()
             try:
-                results = run(operands)
+                results = run(operands) if onto is None else run(operands, onto)
             finally:
                 changed = _put_back(before)
             assert not changed, f"it changes {' and '.join(changed)}"
-            _assert_new(operands, results)
+            _assert_new(operands, results, onto)
             return results
 
         return call
@@ -34,10 +35,11 @@ def guarded(backend: Backend) -> Backend:
     return backend._replace(forward=watched(backend.forward), backward=watched(backend.backward))
 
 
-def _assert_new(operands: Any, results: Any) -> None:
-    held = [t.untyped_storage().data_ptr() for t in operands if isinstance(t, Tensor)]
+def _assert_new(operands: Any, results: Any, onto: Tensor | None) -> None:
+    known = [t for t in (*operands, onto) if isinstance(t, Tensor)]
+    held = [t.untyped_storage().data_ptr() for t in known]
     for result in results:
-        if isinstance(result, Tensor) and result.numel():
+        if isinstance(result, Tensor) and result is not onto and result.numel():
             address = result.untyped_storage().data_ptr()
             assert address not in held, "a result shares memory with an operand or another result"
             assert result.is_contiguous(), "a result is not contiguous"

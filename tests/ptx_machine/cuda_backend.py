@@ -64,7 +64,7 @@ def on(machine: Machine) -> Backend:
     """Return the CUDA backend whose launches go to `machine`."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(operands: Any, *onto: Tensor) -> Any:
+        def call(operands: Any, *onto: Tensor | None) -> Any:
             memory = Memory()
             for tensor in inputs(operands):
                 memory.add(tensor, writable=False)

@@ -23,12 +23,12 @@ def on(machine: Machine, arch: int, config: TileConfig | None = None) -> Backend
     """Return the Triton backend as it is on a GPU of `arch`, with `config` or what it picks."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(operands: Any, *onto: torch.Tensor | None) -> Any:
             memory = Memory()
-            for tensor in inputs(arguments):
+            for tensor in inputs(operands):
                 memory.add(tensor, writable=False)
             with _launching(machine, arch, config, memory):
-                return function(*arguments)
+                return function(operands, *onto)
 
         return call
 

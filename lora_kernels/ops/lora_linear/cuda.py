@@ -104,7 +104,7 @@ def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
 
 
 BACKEND = Backend(
-    "cuda", why_not, forward, backward, functools.partial(choose.why_not_auto, "cuda"), adds_dx=True
+    "cuda", why_not, forward, backward, functools.partial(choose.why_not_auto, "cuda")
 )
 
 

@@ -12,7 +12,6 @@ from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, sh
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import is_uneven, seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
-from lora_kernels.ops.lora_linear.problem import arch as device_arch
 from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, is_traced, validate
 
 BACKENDS = (cuda.BACKEND, triton.BACKEND, reference.BACKEND)
@@ -254,9 +253,9 @@ def _backward(
     if problem is None:
         problem = call.problem()
     chosen = select(BACKENDS, problem, backend, backward=True)
-    if joint is not None and chosen.adds_dx:
-        return shared_dx.add(joint, call, chosen.backward)
-    return chosen.backward(call)
+    if joint is None:
+        return chosen.backward(call)
+    return shared_dx.add(joint, call, chosen.backward)
 
 
 def _autograd_is_cheaper(call: Forward, problem: Problem, backend: str) -> bool:
@@ -273,18 +272,6 @@ def _autograd_is_cheaper(call: Forward, problem: Problem, backend: str) -> bool:
         select(BACKENDS, problem, backend, backward=backward) is reference.BACKEND
         for backward in (False, True)
     )
-
-
-def sums_dx(
-    x: Tensor, dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor, dropout_p: float
-) -> bool:
-    """Return whether "auto" has a backward in `dtype` run by a backend that adds up dx."""
-    if not x.is_cuda:  # no kernel runs there
-        return True
-    sizes = _tokens(x), lora_b.shape[0], x.shape[-1], lora_a.shape[0]
-    dtypes, dropout = (dtype, lora_a.dtype), dropout_p > 0
-    problem = Problem(*sizes, *dtypes, "cuda", device_arch(x.device), dropout=dropout)
-    return select(BACKENDS, problem, backward=True).adds_dx
 
 
 def _teach() -> None:

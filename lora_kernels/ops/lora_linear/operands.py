@@ -51,6 +51,9 @@ class Backward(NamedTuple):
     `dx = dy·W + 2ᵉ·keep(Q·A)` where weight is given, `da = 2ᵉ·Qᵀ·keep(x)` where x is,
     `db = 2ᵉ·dyᵀ·P` where P is, with `Q = m·dy·B`. lora_a is given for dx, lora_b for dx and da.
     dy[M,N] and dx[M,K] have x's dtype, Q[M,R], da[R,K] and db[N,R] the adapters'.
+
+    `onto`, given beside a call that needs dx, is a contiguous [M,K] of x's dtype which nothing else
+    reads or writes meanwhile: dx is added to it in place and it is what is returned.
     """
 
     dy: Tensor

@@ -38,7 +38,7 @@ class _Joint(torch.autograd.Function):
         total = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         if total is not None:
             total = total.view(ctx.shape)
-            # From readers that do not `add`: kernels, a batch of gradients, other operators.
+            # From readers that do not `add`: a batch of gradients, other operators.
             dx = total if dx is None else dx + total
         return None if dx is None else dx.to(ctx.dtype), None, None
 

@@ -36,6 +36,18 @@ void wides(Table& table) {
   });
 }
 
+// a * b + c of 16-bit numbers, rounded once: the product is a float, and a sum that is none becomes
+// the odd one of its two neighbours, which the rounding to fewer digits takes for what it stands
+// for.
+template <class T>
+T fused(T a, T b, T c) {
+  const float product = float{a} * float{b}, added = float{c}, sum = product + added;
+  const float most = sum - product, rest = (product - (sum - most)) + (added - most);
+  u32 raw = bits<u32>(sum);
+  if ((rest > 0 || rest < 0) && raw % 2 == 0) raw += (rest > 0) == (sum > 0) ? 1 : -1;
+  return T::of(bits<float>(raw));
+}
+
 }  // namespace
 
 void add_arithmetic(Table& t) {
@@ -93,6 +105,9 @@ void add_arithmetic(Table& t) {
     binary<F32, F64>(t, std::string("sub") + rounding, minus);
     binary<F32, F64>(t, std::string("mul") + rounding, times);
   }
+  // A float has more than twice their digits: that it rounds first does not show.
+  binary<F16, BF16>(t, "add", [](auto a, auto b) { return decltype(a)::of(float{a} + float{b}); });
+  ternary<F16, BF16>(t, "fma.rn", [](auto a, auto b, auto c) { return fused(a, b, c); });
   ternary<F32, F64>(t, "fma.rn", [](auto a, auto b, auto c) { return std::fma(a, b, c); });
   for (const char* how : {"div.rn", "div.full", "div.approx"}) {
     binary<F32>(t, how, [](float a, float b) { return a / b; });

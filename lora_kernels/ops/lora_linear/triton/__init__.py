@@ -71,14 +71,14 @@ def forward(call: Forward) -> tuple[Tensor, Tensor]:
     return y, p
 
 
-def backward(call: Backward) -> Gradients:
-    """Return those of dx, da and db that are needed."""
+def backward(call: Backward, onto: Tensor | None = None) -> Gradients:
+    """Return those of dx, da and db that are needed, dx added to `onto`."""
     dy, x, weight, lora_a, lora_b, p, *_ = call
     narrow = p if lora_b is None else lora_b
     if narrow is None:
         return Gradients(None, None, None)
     m, n, k, r = call.sizes()
-    dx = None if weight is None else dy.new_empty(m, k)
+    dx = dy.new_empty(m, k) if weight is not None and onto is None else onto
     da = None if x is None else narrow.new_empty(r, k)
     db = None if p is None else narrow.new_empty(n, r)
     q = None if lora_b is None else narrow.new_empty(m, r)
@@ -91,7 +91,7 @@ def backward(call: Backward) -> Gradients:
         narrow if db is None else db, narrow if q is None else q,
     )  # fmt: skip
     kind = m, n, k, r, dy.dtype, narrow.dtype
-    _launch(_plan_backward, call, kind, call[:6], tensors)
+    _launch(_plan_backward, call, kind, call[:6], tensors, int(onto is not None))
     return Gradients(dx, da, db)
 
 
@@ -195,6 +195,7 @@ def _launch(
     kind: tuple[Any, ...],
     operands: tuple[Any, ...],
     tensors: tuple[Any, ...],
+    *flags: int,
 ) -> None:
     """Launch a direction's kernel once, unless there is nothing to do.
 
@@ -214,7 +215,7 @@ def _launch(
         *[a and a & 15 for a in addresses],
     )  # fmt: skip
     factor, power = call.scale()
-    numbers = (factor, 1 / power, power, *_mask(call.dropout_p, seed, seed_ptr))
+    numbers = (factor, 1 / power, power, *_mask(call.dropout_p, seed, seed_ptr), *flags)
     kept = _kept.get(key)
     with made_current(device):
         stream = current_stream(device)

@@ -62,12 +62,12 @@ def _low_rank(
 @triton.jit
 def _dx_tile(
     item, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr, dx_ptr, workspace_ptr,
-    m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper, threshold, key_low, key_high,
+    m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper, threshold, key_low, key_high, adds_dx,
     DROPOUT: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write `dx[BM, BN] = dy·W + upper·keep(Q·A)`.
+    """Write `dx[BM, BN] = dy·W + upper·keep(Q·A)`, or add it to what is there (`adds_dx`).
 
     Dropout masks Q·A alone, so that it must come first; else it comes last, when Q is long there.
     """
@@ -94,7 +94,7 @@ def _dx_tile(
             acc, row, col, ticket, q_ptr, a_ptr, workspace_ptr, m, k, r, a_r, a_k, lower, upper,
             OPERAND, PRECISION, DEBUG, BM, BR, BS,
         )  # fmt: skip
-    store(dx_ptr, acc, row, col, m, k, k, 1)
+    store(dx_ptr, acc, row, col, m, k, k, 1, adds_dx)
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _gradient_item(
 
 @triton.jit(
     do_not_specialize=[
-        "q_end", "db_end", "dx_end", "end", "m", "threshold", "key_low", "key_high",
+        "q_end", "db_end", "dx_end", "end", "m", "threshold", "key_low", "key_high", "adds_dx",
     ]
 )  # fmt: skip
 def lora_linear_backward(
@@ -126,7 +126,7 @@ def lora_linear_backward(
     dy_desc, x_desc, w_desc, seed_ptr, workspace_ptr,
     q_end, db_end, dx_end, end, m, n, k, r,
     dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
-    scale, lower, upper, threshold, key_low, key_high,
+    scale, lower, upper, threshold, key_low, key_high, adds_dx,
     DROPOUT: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr, EIGHTS: tl.constexpr,
     DEBUG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
@@ -158,7 +158,7 @@ def lora_linear_backward(
                 ticket - db_end, ticket, dy_ptr, w_ptr, dy_desc, w_desc, a_ptr, q_ptr,
                 dx_ptr, workspace_ptr,
                 m, n, k, r, dy_m, dy_n, w_n, w_k, a_r, a_k, lower, upper,
-                threshold, key_low, key_high,
+                threshold, key_low, key_high, adds_dx,
                 DROPOUT, FIRST, PRECISION, DEBUG, BM, BN, BK, BR, BS, GROUP,
             )  # fmt: skip
         else:

@@ -173,12 +173,23 @@ def skinny_item(
 
 
 @triton.jit
-def store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col):
-    """Round `acc` once and write it as the tile at (row_start, col_start) of out[rows, cols]."""
+def store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col, adds=False):
+    """Round `acc` once and write it as the tile at (row_start, col_start) of out[rows, cols].
+
+    Where `adds`, a number known at run time, is not 0, it is added to what is there, and the sum
+    rounded again: an fp32 `acc` kept for the sum would not leave the registers that loads take.
+    """
     row = row_start + tl.arange(0, acc.shape[0])[:, None]
     col = col_start + tl.arange(0, acc.shape[1])[None, :]
     out_ptrs = out_ptr + row.to(tl.int64) * out_row + col.to(tl.int64) * out_col
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(row < rows) & (col < cols))
+    mask = (row < rows) & (col < cols)
+    value = acc.to(out_ptr.dtype.element_ty)
+    if adds:
+        there = tl.load(out_ptrs, mask=mask, other=0.0)
+        total = there.to(tl.float32) + value.to(tl.float32)  # the interpreter adds no bf16
+        tl.store(out_ptrs, total.to(value.dtype), mask=mask)
+    else:
+        tl.store(out_ptrs, value, mask=mask)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from lora_kernels.testing import (
     fp64,
     make_inputs,
     poisoned_memory,
+    run_backward,
     tolerance,
 )
 
@@ -104,6 +105,7 @@ CUDA = (
     _cuda("dx, cluster: its second CTA's descriptors", (256, 128, 256, 64), DX),
     _cuda("all gradients, ragged", (300, 520, 200, 72), ALL),
     _cuda("all gradients, more items than SMs", (8192, 512, 1024, 16), ALL),
+    _cuda("dx added to one that is there", (300, 264, 520, 72), DX, onto=True),
     _cuda("dropout, no cluster", (128, 256, 128, 16), dropout_p=0.3),
     _cuda("dropout, cluster", (300, 256, 640, 72), dropout_p=0.3),
     _cuda("dropout, all gradients", (300, 264, 520, 24), ALL, dropout_p=0.3),
@@ -130,6 +132,7 @@ TRITON = (
     _triton("all gradients, R=8", (300, 512, 512, 8), ALL, ctas=FEW_CTAS),
     _triton("all gradients, odd sizes", (300, 131, 89, 17), ALL, ctas=FEW_CTAS),
     _triton("all gradients, more items than SMs", (8192, 512, 1024, 16), ALL),
+    _triton("dx added to one that is there", (300, 131, 520, 16), DX, ctas=FEW_CTAS, onto=True),
     _triton("dropout, smallest tile", (300, 512, 512, 64), tile=-1, dropout_p=0.3),
     _triton("dropout, largest", (300, 512, 512, 64), ctas=FEW_CTAS, dropout_p=0.3),
     _triton("dropout, all gradients", (300, 512, 512, 64), ALL, ctas=FEW_CTAS, dropout_p=0.3),
@@ -184,7 +187,8 @@ def _results(
     if both or not any(case.needs):
         results["y"], results["p"] = backend.forward(inputs.forward(case))
     if any(case.needs):
-        gradients = backend.backward(inputs.backward(case, results.get("p", p)))
+        call = inputs.backward(case, results.get("p", p))
+        gradients = run_backward(backend, call, inputs.onto)
         named = zip(("dx", "da", "db"), gradients, case.needs, strict=True)
         results |= {name: gradient for name, gradient, needed in named if needed}
     if p.is_cuda:

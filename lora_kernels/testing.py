@@ -101,7 +101,7 @@ CASES = (
 class Inputs(NamedTuple):
     """The operands of a case, dy included; shapes as in `operands.Forward` and `.Backward`.
 
-    onto[M,K], contiguous and in x's dtype, is what dx is added to a copy of.
+    dx is added to a copy of onto[M,K], which is contiguous and in x's dtype.
     """
 
     x: Tensor
@@ -151,24 +151,16 @@ class Results(NamedTuple):
 
 
 def run_backend(backend: Backend, case: Case, inputs: Inputs) -> Results:
-    """Run both directions of `case` on `inputs`.
-
-    Raises:
-        AssertionError: dx is another tensor than that which it was to be added to.
-    """
+    """Run both directions of `case` on `inputs`; the backward raises as `run_backward` does."""
     y, p = backend.forward(inputs.forward(case))
     return Results(y, p, *run_backward(backend, inputs.backward(case, p), inputs.onto))
 
 
 def run_backward(backend: Backend, call: Backward, onto: Tensor | None) -> Gradients:
-    """Run a backward, whose dx is added to a copy of `onto` where there is one.
-
-    Raises:
-        AssertionError: dx is another tensor than that copy.
-    """
+    """Run a backward, and assert that it returns as dx the copy of `onto` that it was given."""
     there = None if onto is None else torch.empty_like(onto).copy_(onto)
     gradients: Gradients = backend.backward(call, there)
-    assert there is None or gradients.dx is there, "dx is not the tensor it was to be added to"
+    assert there is None or gradients[0] is there, "dx is not the tensor it was to be added to"
     return gradients
 
 

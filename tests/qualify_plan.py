@@ -59,8 +59,8 @@ class Launches:
         self.note("forward")
         return results
 
-    def backward(self, call: Backward) -> Gradients:
-        results = backend.backward(call)
+    def backward(self, call: Backward, onto: torch.Tensor | None) -> Gradients:
+        results = backend.backward(call, onto)
         self.note("backward")
         return results
 
@@ -82,6 +82,7 @@ def inputs(case: Case) -> Inputs:
         empty(2 if case.strided else 1, n, dtype)[0] if case.bias else None,
         empty(m, n, dtype),
         torch.tensor([1]) if case.dropout_p > 0 else None,
+        empty(m, k, dtype).contiguous() if case.onto else None,
     )
 
 
@@ -102,7 +103,7 @@ def plan() -> dict[str, Any]:
             launches.forward(operands.forward(case))
         if not step.name.startswith(("speed forward", "offsets")):
             p = torch.empty(case.m, case.r, dtype=case.adapter_dtype or case.dtype)
-            launches.backward(operands.backward(case, p))
+            launches.backward(operands.backward(case, p), operands.onto)
     timings = [step for step in steps if step.name.startswith(checks.SPEED)]
     slow = sum("m=8192" in step.name and "dropout_p=0.05" in step.name for step in timings)
     return {

@@ -55,7 +55,7 @@ def check(*draws: Inputs, scaling: float = 0.75, dropout_p: float = 0.0, seed: i
     """
     trials = []
     for inputs in draws:
-        x, weight, lora_a, lora_b, bias, dy, _ = inputs
+        x, weight, lora_a, lora_b, bias, dy, *_ = inputs
         leaves = [t.detach().requires_grad_() for t in (x, lora_a, lora_b)]
         y = lora_linear(
             leaves[0], weight, *leaves[1:], scaling, bias, dropout_p=dropout_p, seed=seed

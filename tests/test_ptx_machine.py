@@ -99,6 +99,8 @@ def bits(value: float) -> str:
     return f"0f{struct.unpack('<I', struct.pack('<f', value))[0]:08X}"
 
 
+# Of 256 and 1, and of 1 and 3, as bf16.
+PAIRED = "mov.b32 %r1, 0x43803F80; mov.b32 %r2, 0x3F804040; {}; mov.b32 {{%{}}}, %r3;"
 # Of products 261/256 and 259/256, half way between two bf16.
 FUSED = "mov.b16 %h3, {}; fma.rn.bf16 %h0, %h1, %h2, %h3;"
 
@@ -117,6 +119,11 @@ FUSED = "mov.b16 %h3, {}; fma.rn.bf16 %h0, %h1, %h2, %h3;"
         # Where the sum is a tie it goes to even, where a bit far below says otherwise it does not.
         ("mov.b16 %h1, 0x4380; mov.b16 %h2, 0x3F80; add.bf16 %h0, %h1, %h2;", "bf16", 256.0),
         ("mov.b16 %h1, 0x6800; mov.b16 %h2, 0x4200; add.f16 %h0, %h1, %h2;", "f16", 2052.0),
+        (PAIRED.format("add.bf16x2 %r3, %r1, %r2", "h0, %h1"), "bf16", 4.0),
+        (PAIRED.format("add.bf16x2 %r3, %r1, %r2", "h1, %h0"), "bf16", 256.0),
+        (PAIRED.format("add.f16x2 %r3, %r1, %r1", "h1, %h0"), "f16", 7.5),
+        (PAIRED.format("fma.rn.bf16x2 %r3, %r2, %r2, %r1", "h0, %h1"), "bf16", 10.0),
+        (PAIRED.format("fma.rn.bf16x2 %r3, %r2, %r2, %r1", "h1, %h0"), "bf16", 256.0),
         ("mov.b16 %h1, 0x4110; mov.b16 %h2, 0x3DE8;" + FUSED.format("0"), "bf16", 1.015625),
         ("mov.b16 %h1, 0x4110; mov.b16 %h2, 0x3DE8;" + FUSED.format("0x0080"), "bf16", 1.0234375),
         ("mov.b16 %h1, 0x40E0; mov.b16 %h2, 0x3E14;" + FUSED.format("0x8080"), "bf16", 1.0078125),

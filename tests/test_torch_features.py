@@ -79,7 +79,7 @@ def test_compile_marked_dynamic_compiles_once() -> None:
 def test_the_compiler_agrees_with_eager(
     dtypes: tuple[torch.dtype, torch.dtype], first: int | None
 ) -> None:
-    x, weight, lora_a, lora_b, bias, dy, _ = make_inputs(Case(18, N, K, R, *dtypes, bias=True))
+    x, weight, lora_a, lora_b, bias, dy, *_ = make_inputs(Case(18, N, K, R, *dtypes, bias=True))
     leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
 
     def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_meta_tensors(dropout_p: float) -> None:
 
 
 def test_make_fx_sees_one_operator_each_way() -> None:
-    x, weight, lora_a, lora_b, bias, dy, _ = make_inputs(Case(6, N, K, R, bias=True))
+    x, weight, lora_a, lora_b, bias, dy, *_ = make_inputs(Case(6, N, K, R, bias=True))
 
     def run(x: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in (x, a, b)]

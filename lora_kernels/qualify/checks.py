@@ -145,10 +145,13 @@ def _spanned(options: Options) -> Iterator[Case]:
 
 
 def _company_cases(options: Options, backend: Backend, device: torch.device) -> Iterator[Case]:
-    """Yield a few cases with several blocks of everything: one for each dtype, and dropout."""
+    """Yield a few cases with several blocks of everything: one for each dtype, and dropout.
+
+    Under dropout, dx is added to one that is there.
+    """
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for dropout_p in (0.0, 0.3):
-            case = Case(300, 520, 264, 24, dtype, None, True, dropout_p)
+            case = Case(300, 520, 264, 24, dtype, None, True, dropout_p, onto=dropout_p > 0)
             if takes(backend, case, device):
                 yield case
 

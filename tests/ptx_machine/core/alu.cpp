@@ -36,6 +36,12 @@ void wides(Table& table) {
   });
 }
 
+// Of 16-bit numbers. A float has more than twice their digits: that it rounds first does not show.
+template <class T>
+T sum(T a, T b) {
+  return T::of(float{a} + float{b});
+}
+
 // a * b + c of 16-bit numbers, rounded once: the product is a float, and a sum that is none becomes
 // the odd one of its two neighbours, which the rounding to fewer digits takes for what it stands
 // for.
@@ -105,9 +111,13 @@ void add_arithmetic(Table& t) {
     binary<F32, F64>(t, std::string("sub") + rounding, minus);
     binary<F32, F64>(t, std::string("mul") + rounding, times);
   }
-  // A float has more than twice their digits: that it rounds first does not show.
-  binary<F16, BF16>(t, "add", [](auto a, auto b) { return decltype(a)::of(float{a} + float{b}); });
+  binary<F16, BF16>(t, "add", [](auto a, auto b) { return sum(a, b); });
+  binary<F16X2, BF16X2>(
+      t, "add", [](auto a, auto b) { return decltype(a){sum(a.low, b.low), sum(a.high, b.high)}; });
   ternary<F16, BF16>(t, "fma.rn", [](auto a, auto b, auto c) { return fused(a, b, c); });
+  ternary<F16X2, BF16X2>(t, "fma.rn", [](auto a, auto b, auto c) {
+    return decltype(a){fused(a.low, b.low, c.low), fused(a.high, b.high, c.high)};
+  });
   ternary<F32, F64>(t, "fma.rn", [](auto a, auto b, auto c) { return std::fma(a, b, c); });
   for (const char* how : {"div.rn", "div.full", "div.approx"}) {
     binary<F32>(t, how, [](float a, float b) { return a / b; });

@@ -50,6 +50,11 @@ struct Bfloat {
   }
 };
 
+template <class T>
+struct Two {
+  T low, high;
+};
+
 // A type as PTX writes it, and what holds its values here.
 #define PTX_TYPE(Name, text, held)            \
   struct Name {                               \
@@ -70,6 +75,8 @@ PTX_TYPE(S32, "s32", s32)
 PTX_TYPE(S64, "s64", s64)
 PTX_TYPE(F16, "f16", Half)
 PTX_TYPE(BF16, "bf16", Bfloat)
+PTX_TYPE(F16X2, "f16x2", Two<Half>)
+PTX_TYPE(BF16X2, "bf16x2", Two<Bfloat>)
 PTX_TYPE(F32, "f32", float)
 PTX_TYPE(F64, "f64", double)
 #undef PTX_TYPE

@@ -164,6 +164,20 @@ def test_readers_of_one_x_sum_its_gradient(
     check_readers(backend.BACKEND, Case(67, 23, 89, 5, dtype, dropout_p=dropout_p), monkeypatch)
 
 
+@pytest.mark.parametrize("onto", [False, True])
+def test_a_flag_that_says_otherwise_is_noticed(
+    onto: bool, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = backend._launch
+
+    def flipped(*arguments: Any) -> None:
+        launch(*arguments[:5], *(1 - adds for adds in arguments[5:]))
+
+    monkeypatch.setattr(backend, "_launch", flipped)
+    with pytest.raises(AssertionError, match=r"^dx of "):
+        check_backend(backend.BACKEND, Case(67, 131, 89, 5, onto=onto))
+
+
 @pytest.mark.parametrize("first", [0, 1000, 2**31 - 512])
 def test_slices_of_x_have_their_part_of_its_mask(first: int, described: None) -> None:
     check_slices(backend.BACKEND, torch.float32, torch.float32, first)

@@ -11,7 +11,7 @@ import torch
 import lora_kernels
 from lora_kernels import extension
 from lora_kernels.ops.lora_linear import BACKENDS, Problem
-from lora_kernels.ops.lora_linear.problem import arch
+from lora_kernels.ops.lora_linear.problem import arch, short
 from lora_kernels.ops.lora_linear.validate import DTYPES, adapter_dtypes
 from lora_kernels.output import show
 from lora_kernels.qualify import choose
@@ -69,7 +69,7 @@ def _report() -> Iterator[str]:
             only = "backward only" if forward else "forward only"
             word = "no" if forward and backward else only if notes else "yes"
             cells.append(word + marks)
-        rows.append([_name(dtype), _name(adapter_dtype), "yes" if dropout else "no", *cells])
+        rows.append([short(dtype), short(adapter_dtype), "yes" if dropout else "no", *cells])
     yield from _table(rows)
     yield from (f"[{note}] {reason}" for reason, note in reasons.items())
     if device.type in choose.KEPT_FOR:
@@ -84,10 +84,6 @@ def _table(rows: list[list[str]]) -> Iterator[str]:
             "  "
             + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:

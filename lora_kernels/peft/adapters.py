@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.peft.dora import dora
 from lora_kernels.peft.lora import plain
-from lora_kernels.peft.parts import Adapter, Factors, kind, short
+from lora_kernels.peft.parts import Adapter, Factors, kind
 from lora_kernels.peft.patched import patched
 from lora_kernels.peft.variants import bdlora, kasa
 

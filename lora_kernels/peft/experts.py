@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as lora_layer
 from torch import Tensor, nn
 
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES
 from lora_kernels.peft import calls
 from lora_kernels.peft.grouped import grouped_lora
 from lora_kernels.peft.layer import Fused, surroundings
-from lora_kernels.peft.parts import kind, parameter, short
+from lora_kernels.peft.parts import kind, parameter
 from lora_kernels.peft.patched import altered, patched
 
 moe: Any = None  # before version 5 transformers has no such interface

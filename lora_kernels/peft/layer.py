@@ -15,13 +15,14 @@ from torch.utils._device import DeviceContext
 from lora_kernels.distributed import dropout_seed
 from lora_kernels.ops.lora_linear import composition, lora_linear
 from lora_kernels.ops.lora_linear.op import autocasts
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.ops.lora_linear.validate import DTYPES, PLAIN_TYPES, adapter_dtypes
 from lora_kernels.peft import calls, sharing
 from lora_kernels.peft.adapters import adapter_of, changed, joined
 from lora_kernels.peft.by_row import ARGUMENTS, by_row, is_alora
 from lora_kernels.peft.lora import plain
 from lora_kernels.peft.merging import ExactMerge
-from lora_kernels.peft.parts import Adapter, Found, Frozen, computed_in, kind, short, without_ours
+from lora_kernels.peft.parts import Adapter, Found, Frozen, computed_in, kind, without_ours
 from lora_kernels.peft.patched import patched, patched_functions
 from lora_kernels.peft.rows import add_row
 from lora_kernels.peft.sharding import out_of_reach

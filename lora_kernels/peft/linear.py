@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from lora_kernels.distributed import if_trained
 from lora_kernels.ops.lora_linear.op import autocasts
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.peft import kinds
 from lora_kernels.peft.layer import Fused
-from lora_kernels.peft.parts import Frozen, computed_in, kind, parameter, short
+from lora_kernels.peft.parts import Frozen, computed_in, kind, parameter
 from lora_kernels.peft.patched import replaced
 from lora_kernels.peft.tensor_parallel import split_of
 from lora_kernels.peft.usual import usual

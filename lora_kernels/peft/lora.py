@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.ops.lora_linear.validate import FP32_MAX
-from lora_kernels.peft.parts import Adapter, Factors, kind, parameter, short
+from lora_kernels.peft.parts import Adapter, Factors, kind, parameter
 from lora_kernels.peft.patched import not_plain
 from lora_kernels.peft.sharding import gathers_itself, handed_over, out_of_reach
 from lora_kernels.peft.tensor_parallel import split_of

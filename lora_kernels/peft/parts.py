@@ -93,11 +93,6 @@ def kind(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def short(dtype: torch.dtype) -> str:
-    """Return a dtype's name without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def without_ours(state: dict[str, Any]) -> dict[str, Any]:
     """Return the `__dict__` of a layer less what a fused one keeps there."""
     return {name: value for name, value in state.items() if not name.startswith("_lora_kernels_")}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import reference
+from lora_kernels.ops.lora_linear.problem import short
 from lora_kernels.testing import Case, Inputs, make_inputs
 
 LEAST_ROUNDS, MOST_ROUNDS = 7, 60
@@ -36,8 +37,7 @@ def measure(
         "frozen": _frozen(inputs, backward),
     }
     times = interleaved(calls, device, seconds)
-    name = str(case.dtype).removeprefix("torch.")
-    adapters = str(case.adapter_dtype or case.dtype).removeprefix("torch.")
+    name, adapters = short(case.dtype), short(case.adapter_dtype or case.dtype)
     return {
         **{"m": case.m, "n": case.n, "k": case.k, "r": case.r},
         **{"dtype": name, "adapter_dtype": adapters, "dropout": case.dropout_p > 0},

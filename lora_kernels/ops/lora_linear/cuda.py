@@ -13,7 +13,7 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import GROUP, LOW, threshold
-from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem
+from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem, short
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -29,11 +29,9 @@ def why_not(problem: Problem) -> str | None:
     if p.arch is not None and p.arch != 90:
         return f"it needs compute capability 9.0, not {p.arch / 10}"
     if p.dtype not in _DTYPES:
-        return f"{p.dtype} is not supported, only bfloat16 and float16".replace("torch.", "")
+        return f"{short(p.dtype)} is not supported, only bfloat16 and float16"
     if p.adapter_dtype not in (p.dtype, torch.float32):
-        return f"adapters must have x's dtype or float32, not {p.adapter_dtype}".replace(
-            "torch.", ""
-        )
+        return f"adapters must have x's dtype or float32, not {short(p.adapter_dtype)}"
     for name, size, dtype in (
         ("K", p.k, p.dtype),
         ("N", p.n, p.dtype),

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         where = self.device if self.arch is None else f"{self.device} sm_{self.arch}"
-        dtypes = f"{self.dtype}, adapters {self.adapter_dtype}".replace("torch.", "")
+        dtypes = f"{short(self.dtype)}, adapters {short(self.adapter_dtype)}"
         return f"lora_linear M={self.m} N={self.n} K={self.k} R={self.r} ({dtypes}, {where})"
 
     @classmethod
@@ -79,3 +79,8 @@ def arch(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def short(dtype: torch.dtype) -> str:
+    """Return a dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.lora_linear.problem import Problem, arch
+from lora_kernels.ops.lora_linear.problem import Problem, arch, short
 
 Shape = Sequence[int]
 
@@ -123,16 +123,16 @@ def _validate_facts(
         _value_error(f"bias must be (N={n},) to match weight, got shape {_shape(bias_shape)}")
 
     if dtype not in DTYPES:
-        _type_error(f"x must be {' or '.join(map(_dtype, DTYPES))}, got {_dtype(dtype)}")
+        _type_error(f"x must be {' or '.join(map(short, DTYPES))}, got {short(dtype)}")
     if w_dtype != dtype:
-        _type_error(f"weight must have x's dtype {_dtype(dtype)}, got {_dtype(w_dtype)}")
+        _type_error(f"weight must have x's dtype {short(dtype)}, got {short(w_dtype)}")
     if bias_dtype is not None and bias_dtype != dtype:
-        _type_error(f"bias must have x's dtype {_dtype(dtype)}, got {_dtype(bias_dtype)}")
+        _type_error(f"bias must have x's dtype {short(dtype)}, got {short(bias_dtype)}")
     if a_dtype != dtype and a_dtype not in adapter_dtypes(dtype):
-        accepted = " or ".join(map(_dtype, adapter_dtypes(dtype)))
-        _type_error(f"lora_a must be {accepted} beside this x, got {_dtype(a_dtype)}")
+        accepted = " or ".join(map(short, adapter_dtypes(dtype)))
+        _type_error(f"lora_a must be {accepted} beside this x, got {short(a_dtype)}")
     if b_dtype != a_dtype:
-        _type_error(f"lora_b must have lora_a's dtype {_dtype(a_dtype)}, got {_dtype(b_dtype)}")
+        _type_error(f"lora_b must have lora_a's dtype {short(a_dtype)}, got {short(b_dtype)}")
 
     devices = w_device, a_device, b_device, bias_device
     for name, other in zip(_NAMES[1:], devices, strict=True):
@@ -157,7 +157,7 @@ def adapter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 def _validate_seed(seed: Any, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            _type_error(f"seed must be one int64, got {seed.numel()} of {_dtype(seed.dtype)}")
+            _type_error(f"seed must be one int64, got {seed.numel()} of {short(seed.dtype)}")
         if seed.device != device and seed.device.type != "cpu":
             _value_error(f"seed must be on x's device {device} or the cpu, got {seed.device}")
     elif isinstance(seed, bool) or not isinstance(seed, int):
@@ -187,7 +187,3 @@ def _value_error(message: str) -> NoReturn:
 
 def _shape(shape: Shape) -> str:
     return str(tuple(shape))
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

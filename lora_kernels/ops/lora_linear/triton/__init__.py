@@ -20,7 +20,7 @@ from lora_kernels.ops.lora_linear.config import TileConfig, in_eights, pick
 from lora_kernels.ops.lora_linear.device import current_stream, made_current
 from lora_kernels.ops.lora_linear.operands import Backward, Forward, Gradients
 from lora_kernels.ops.lora_linear.philox import GROUP, LOW, threshold
-from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem
+from lora_kernels.ops.lora_linear.problem import UNEVEN, Problem, short
 from lora_kernels.ops.lora_linear.workspace import reserve
 from lora_kernels.qualify import choose
 
@@ -53,7 +53,7 @@ def why_not(problem: Problem) -> str | None:
             f"capability {problem.arch / 10}; 3.8 is the first that does not"
         )
     if problem.dtype not in DTYPES:
-        return f"{problem.dtype} is not supported".replace("torch.", "")
+        return f"{short(problem.dtype)} is not supported"
     if problem.uneven:
         return UNEVEN
     if max(problem.m, problem.n, problem.k, problem.r) >= 2**30:

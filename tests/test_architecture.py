@@ -54,6 +54,7 @@ BESIDE = {
     (f"{OP}.config", f"{OP}.schedule"),
     (f"{OP}.schedule", f"{OP}.config"),
     (f"{OP}.validate", f"{OP}.problem"),
+    (f"{OP}.validate", f"{OP}.philox"),
     (f"{OP}.workspace", f"{OP}.device"),
 }
 

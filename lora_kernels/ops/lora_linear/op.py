@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_kernels.dispatch import AUTO, BackendUnavailable, select
 from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, shared_dx, triton
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
-from lora_kernels.ops.lora_linear.philox import is_uneven, seed_tensor
+from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
 from lora_kernels.ops.lora_linear.validate import PLAIN_TYPES, is_traced, validate
 
@@ -83,8 +83,6 @@ def lora_linear(
     scaling, dropout_p = float(scaling), float(dropout_p)
     column = first_column if dropout_p else None
     traced = problem is None
-    if problem is not None and dropout_p > 0:
-        problem = problem._replace(dropout=True, uneven=is_uneven(column, problem.k))
     where = composition.surrounds() or (
         "in an exported program" if traced and torch.compiler.is_exporting() else None
     )

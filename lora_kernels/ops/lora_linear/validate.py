@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear.philox import is_uneven
 from lora_kernels.ops.lora_linear.problem import Problem, arch, short
 
 Shape = Sequence[int]
@@ -35,12 +36,12 @@ def validate(
 ) -> Problem | None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them.
 
-    Return the problem, but for dropout, or None where something traces: what is not traced is
+    Return the problem, or None where something traces. Elsewhere shapes, dtypes and devices are
     looked at once for each kind of tensors.
     """
     tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
     traced = is_traced(tensors)
-    if traced:
+    if traced:  # also by what is no tensor
         for name, tensor in zip(_NAMES, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -83,7 +84,9 @@ def validate(
         _type_error(f"rebuild must be callable, got {type(rebuild).__name__}")
     if first_column is not None:
         _validate_column(first_column)
-    return problem
+    if problem is None or float(dropout_p) == 0:
+        return problem
+    return problem._replace(dropout=True, uneven=is_uneven(first_column, problem.k))
 
 
 def is_traced(tensors: tuple[Any, ...], plain: frozenset[type] = PLAIN_TYPES) -> bool:
@@ -142,7 +145,7 @@ def _validate_facts(
 
 @functools.lru_cache(maxsize=4096)
 def _problem(*facts: Any) -> Problem:
-    """Return the problem that plain tensors with these facts pose, or raise."""
+    """Return the problem that plain tensors with these facts pose without dropout, or raise."""
     _validate_facts(*facts)
     (*leading, k), (n, _), (r, _), _, dtype, _, adapter_dtype, _, device, _, _, _, *bias = facts
     where = device.type, arch(device)

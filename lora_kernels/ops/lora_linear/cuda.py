@@ -1,6 +1,6 @@
 """The CUDA C++ backend for Hopper (sm_90a): one launch forward and one backward, through TMA.
 
-Importing this module loads no extension. csrc/lora_linear has the kernels, README.md the design.
+Importing this module loads no extension. csrc/ has the kernels, and their design in its README.md.
 """
 
 import functools

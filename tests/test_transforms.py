@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from lora_kernels import BackendUnavailable, LoRALinear, lora_linear
+from lora_kernels.ops.lora_linear import op, reference
 from lora_kernels.ops.lora_linear.reference import oracle
 from lora_kernels.testing import Case, assert_accurate, bf16, make_inputs
 
@@ -263,3 +264,35 @@ def test_a_layer_that_keeps_x_from_its_caller(options: dict[str, Any]) -> None:
     torch.testing.assert_close(
         (gradient.float() * x.cos().float()).sum(), slope.float(), rtol=tolerance, atol=0
     )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_nested_transforms_left_behind_has_data(
+    grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel reads addresses, and what a transform wraps a tensor in has none."""
+    left: list[Tensor] = []
+
+    def remember(*operands: Tensor) -> Tensor:
+        left[:] = operands
+        return sum(t.sum() for t in operands)
+
+    def inner(*operands: Tensor) -> Tensor:
+        return torch.func.grad(remember, (0, 2, 3))(*operands)[0].sum()
+
+    operands = make_inputs(Case(M, N, K, R))[:4]
+    torch.func.grad(inner, (0, 2, 3))(*operands)
+    ran = []
+
+    def forward(call: Any) -> Any:
+        ran.append([t.data_ptr() for t in call[:4]])
+        return reference.forward(call)
+
+    monkeypatch.setattr(op, "BACKENDS", (reference.BACKEND._replace(forward=forward),))
+    x, weight, a, b = left
+    extra = torch.zeros(R, K).requires_grad_(grad)
+    assert torch.equal(ours(x, weight, a, b), ours(*operands))
+    ours(x, weight, extra, b)
+    assert ran == [[t.data_ptr() for t in operands]] * 2 + [
+        [t.data_ptr() for t in (operands[0], operands[1], extra, operands[3])]
+    ]

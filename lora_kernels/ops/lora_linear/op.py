@@ -190,7 +190,12 @@ class _LoRALinear(torch.autograd.Function):
 # What `Function.apply` calls in the end. Its Python, which looks for functorch's transforms, costs
 # a twentieth of a small call. What a transform left behind has no data of its own.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
-_unwrap = torch._C._functorch.unwrap_if_dead
+_unwrap_once = torch._C._functorch.unwrap_if_dead
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    inner = _unwrap_once(tensor)
+    return tensor if inner is tensor else _unwrap(inner)  # one layer for each transform
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):

@@ -306,6 +306,29 @@ def test_a_backend_by_name_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch)
     assert ran == ["cuda forward", "cuda backward", "reference forward", "reference backward"]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}, {"dropout_p": 0.5, "first_column": 4}])
+def test_a_backend_is_chosen_by_the_problem_of_its_call(
+    bias: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, ran = [], []
+
+    def why_not(problem: Any) -> None:
+        chosen.append(problem)
+
+    def forward(call: Any) -> Any:
+        ran.append(call.problem())
+        return reference.forward(call)
+
+    other = reference.BACKEND._replace(why_not=why_not, forward=forward)
+    monkeypatch.setattr(op, "BACKENDS", (other,))
+    for dtypes in DTYPES:
+        inputs = make_inputs(Case(6, 20, 12, 3, *dtypes, bias=bias))
+        call_on(inputs._replace(x=inputs.x.view(2, 3, 12)), **options)
+    assert chosen == ran
+    assert len(ran) == len(DTYPES)
+
+
 @pytest.mark.parametrize(
     ("m", "options", "name"),
     [

@@ -56,7 +56,7 @@ def alora(dtype: torch.dtype = fp32, **options: Any) -> PeftModel:
 
 
 NAMES = ["other", "__base__", "default", "third", "other", "default"]
-OFFSETS = [5, 2, None, 4, 9, 3]
+OFFSETS = [5, 3, None, 4, 9, 3]
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "three adapters": (mixed, {"adapter_names": NAMES}),
     "one of two": (mixed, {"adapter_names": ["other"] * 6}),
@@ -158,8 +158,8 @@ def test_x_may_be_written_to_before_the_backward() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_alora_model_trains_as_peft_trains_it(checkpointing: bool) -> None:
     """The model finds the invocation tokens itself and hands every layer its offsets."""
-    tokens = torch.randint(5, 64, (3, 12), generator=torch.Generator().manual_seed(1))
-    for row, at in enumerate((2, 4)):  # and none in the third
+    tokens = torch.randint(5, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+    for row, at in enumerate((1, 2, 1)):  # and none in the fourth
         tokens[row, at : at + 2] = torch.tensor([3, 4])
     results = []
     for fusing in (True, False):
@@ -201,11 +201,11 @@ def dropping(**options: Any) -> PeftModel:
 
 LEFT: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no offsets": (alora, {}, "without offsets"),
-    "few act": (alora, {"alora_offsets": [1] * 6}, "the fewer of the rows"),
+    "few act": (alora, {"alora_offsets": [1] * 6}, "too few of the rows"),
     "few have one": (
         mixed,
         {"adapter_names": [*["__base__"] * 4, "other", "default"]},
-        "the fewer of the rows",
+        "too few of the rows",
     ),
     "none": (mixed, {"adapter_names": ["__base__"] * 6}, "no active adapter"),
     "dropout": (dropping, {"alora_offsets": [5] * 6}, "dropout on some rows alone"),

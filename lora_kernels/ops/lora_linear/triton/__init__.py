@@ -203,6 +203,7 @@ def _launch(
     is kept, and further ones cost a tenth. The key holds all that decides anything but addresses
     and numbers, so that none is ever served another's launch: M, N, K, R and the two dtypes
     (`kind`), strides, low bits of addresses; also the rules, which tests and the tuner replace.
+    `flags` are the numbers that one direction alone has.
     """
     seed, device = call.seed, tensors[0].device
     # A seed on the CPU becomes two numbers, one on the device is read by the kernel: no waiting.

@@ -176,8 +176,8 @@ def skinny_item(
 def store(out_ptr, acc, row_start, col_start, rows, cols, out_row, out_col, adds=False):
     """Round `acc` once and write it as the tile at (row_start, col_start) of out[rows, cols].
 
-    Where `adds`, a number known at run time, is not 0, it is added to what is there, and the sum
-    rounded again: an fp32 `acc` kept for the sum would not leave the registers that loads take.
+    Where `adds`, a number known at run time, is not 0, the rounded tile is added to what is there
+    and the sum rounded again: an fp32 `acc` kept for the sum would take the registers of the loads.
     """
     row = row_start + tl.arange(0, acc.shape[0])[:, None]
     col = col_start + tl.arange(0, acc.shape[1])[None, :]

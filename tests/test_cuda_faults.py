@@ -210,9 +210,10 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
     "a stage is left while it is read": (
         "forward_bf16",
         TILE,
-        "    if (previous != 0) pipeline.release<kRewrites>(previous);\n"
+        "      if (previous != 0) pipeline.release<kRewrites>(previous);\n"
+        "    }\n"
         "    previous = pipeline.stages.empty();",
-        "    pipeline.release<kRewrites>(pipeline.stages.empty());",
+        "    }\n    pipeline.release<kRewrites>(pipeline.stages.empty());",
     ),
     "others fill a store panel before its reader is known to be done": (
         "forward_bf16",

@@ -285,8 +285,8 @@ def test_a_compiled_layer_draws_the_mask_of_its_rank(cluster: Cluster) -> None:
 
 
 def audited(rank: int) -> str:
-    """An audit foresees the mask of its rank."""
-    model = llama(torch.float32, lora_dropout=P)
+    """An audit foresees the mask of its rank; float64, for it is about masks, not rounding."""
+    model = llama(torch.float64, lora_dropout=P)
     fuse_all(model)
     parallel = DistributedDataParallel(model)
     torch.manual_seed(7)

@@ -26,7 +26,8 @@ bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 def one_thread() -> Iterator[None]:
     """Run every test of a module that imports this on one thread.
 
-    Handing out such small tensors costs more than computing on them.
+    Handing out such small tensors costs more than computing on them, and what is timed would wait
+    for threads that other tests displaced.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_models import one_thread as one_thread
 from torch import Tensor
 
 from bench import __main__ as suite
@@ -29,15 +30,6 @@ SMOKE, SMOKE_DROPOUT = TABLES["smoke"]
 BY_NAME = {provider.name: provider for provider in PROVIDERS}
 OURS = "lora_kernels.reference"
 DELAY_S = 0.02
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep what is timed from waiting for threads that other tests displaced."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def planted(change: Callable[[Layer], Callable[[], Tensor]]) -> Provider:

@@ -2,12 +2,13 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from peft_models import one_thread as one_thread
 from torch import Tensor
 
 from bench import bench_peft, results
@@ -16,15 +17,6 @@ from bench.peft_cases import CASES, SIZES, PeftCase
 
 CPU = torch.device("cpu")
 DELAY_S = 0.02
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep what is timed from waiting for threads that other tests displaced."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 LORA = CASES[0]

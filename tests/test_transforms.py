@@ -1,6 +1,6 @@
 """Transforms around a call, or around its backward pass alone: the values of plain PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -266,33 +266,69 @@ def test_a_layer_that_keeps_x_from_its_caller(options: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_what_nested_transforms_left_behind_has_data(
-    grad: bool, monkeypatch: pytest.MonkeyPatch
+def left_by_grad(*operands: Tensor) -> list[Tensor]:
+    """The operands as two nested gradients leave them behind, all of them differentiated by."""
+    left: list[Tensor] = []
+    every = tuple(i for i, t in enumerate(operands) if t.is_floating_point())
+
+    def remember(*wrapped: Tensor) -> Tensor:
+        left[:] = wrapped
+        return sum(t.sum() for t in wrapped)
+
+    def inner(*wrapped: Tensor) -> Tensor:
+        return sum(t.sum() for t in torch.func.grad(remember, every)(*wrapped))
+
+    torch.func.grad(inner, every)(*operands)
+    return left
+
+
+def left_by_functionalize(*operands: Tensor) -> list[Tensor]:
+    left: list[Tensor] = []
+    torch.func.functionalize(lambda *wrapped: left.extend(wrapped))(*operands)
+    return left
+
+
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What a backend that reads addresses, as a kernel does, has read: the first tensor's alone."""
+    read: list[int] = []
+
+    def reading(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def direction(call: Any, *rest: Any) -> Any:
+            found = [t.data_ptr() for t in call if isinstance(t, Tensor)]
+            assert all(found)
+            read.append(found[0])
+            return run(call, *rest)
+
+        return direction
+
+    backend = reference.BACKEND._replace(
+        forward=reading(reference.BACKEND.forward), backward=reading(reference.BACKEND.backward)
+    )
+    monkeypatch.setattr(op, "BACKENDS", (backend,))
+    return read
+
+
+@pytest.mark.parametrize("by", [left_by_grad, left_by_functionalize])
+def test_what_a_transform_left_behind_is_as_before_it(
+    by: Callable[..., Sequence[Tensor]], addresses: list[int]
 ) -> None:
     """A kernel reads addresses, and what a transform wraps a tensor in has none."""
-    left: list[Tensor] = []
-
-    def remember(*operands: Tensor) -> Tensor:
-        left[:] = operands
-        return sum(t.sum() for t in operands)
-
-    def inner(*operands: Tensor) -> Tensor:
-        return torch.func.grad(remember, (0, 2, 3))(*operands)[0].sum()
-
-    operands = make_inputs(Case(M, N, K, R))[:4]
-    torch.func.grad(inner, (0, 2, 3))(*operands)
-    ran = []
-
-    def forward(call: Any) -> Any:
-        ran.append([t.data_ptr() for t in call[:4]])
-        return reference.forward(call)
-
-    monkeypatch.setattr(op, "BACKENDS", (reference.BACKEND._replace(forward=forward),))
-    x, weight, a, b = left
-    extra = torch.zeros(R, K).requires_grad_(grad)
-    assert torch.equal(ours(x, weight, a, b), ours(*operands))
-    ours(x, weight, extra, b)
-    assert ran == [[t.data_ptr() for t in operands]] * 2 + [
-        [t.data_ptr() for t in (operands[0], operands[1], extra, operands[3])]
-    ]
+    case = Case(M, N, K, R, bias=True)
+    x, weight, a, b, bias, dy, *_ = make_inputs(case)
+    results = []
+    for wrap in (lambda *t: t, by):
+        x1, weight1, bias1, seed1, dy1 = wrap(x, weight, bias, torch.tensor([7]), dy)
+        (weight2,) = wrap(weight)
+        leaves = [t.clone().requires_grad_() for t in (a, b)]
+        options = {"bias": bias1, "dropout_p": 0.5, "seed": seed1}
+        moved = torch.zeros_like(x, requires_grad=True)
+        for given in (x1, x1 + moved):
+            y = ours(given, weight1, *leaves, **options, rebuild=lambda w=weight2: w)
+            asked = [*leaves, moved] if given is not x1 else leaves
+            results.append([y.detach(), *torch.autograd.grad(y, asked, dy1)])
+    half = len(results) // 2
+    for before, after in zip(results[:half], results[half:], strict=True):
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other)
+    assert x.data_ptr() in addresses

@@ -6,6 +6,7 @@ exported program names no operator of this package.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from lora_kernels.ops.lora_linear.philox import keep_mask, mask_columns
 _in_transform = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+_is_functional = torch._is_functional_tensor
+_unwrap_once = torch._C._functorch.unwrap_if_dead
 
 
 def surrounds(dy: Tensor | None = None) -> str | None:
@@ -27,9 +30,26 @@ def surrounds(dy: Tensor | None = None) -> str | None:
         return "inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "inside forward-mode differentiation"
-    if dy is not None and not _is_compiling() and _is_legacy_batch(dy):
+    if dy is None or _is_compiling():
+        return None
+    if _is_legacy_batch(dy):
         return "on a batch of gradients"  # is_grads_batched=True
-    return None
+    return functional((dy,))
+
+
+def functional(tensors: Sequence[Tensor]) -> str | None:
+    """Return whether torch.func.functionalize has left one of the tensors behind."""
+    return "on a functional tensor" if any(map(_is_functional, tensors)) else None
+
+
+def unwrap(tensor: Tensor) -> Tensor:
+    """Return a tensor without what transforms that have ended left around it.
+
+    A wrapper has no data of its own, where a kernel reads an address, and asks for the gradients
+    of its transform.
+    """
+    inner = _unwrap_once(tensor)
+    return tensor if inner is tensor else unwrap(inner)  # one layer for each transform
 
 
 def forward(call: Forward) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import AUTO, BackendUnavailable, select
 from lora_kernels.ops.lora_linear import composition, cuda, flops, reference, shared_dx, triton
+from lora_kernels.ops.lora_linear.composition import unwrap
 from lora_kernels.ops.lora_linear.operands import Backward, Forward
 from lora_kernels.ops.lora_linear.philox import seed_tensor
 from lora_kernels.ops.lora_linear.problem import Problem
@@ -69,6 +70,15 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
     are derived in the README.md beside this file.
     """
+    tensors: tuple[Tensor, ...] = (x, weight, lora_a, lora_b)
+    if bias is not None:
+        tensors += (bias,)
+    traced = is_traced(tensors)
+    if not traced:
+        x, weight, lora_a, lora_b, *others = tensors = tuple(map(unwrap, tensors))
+        bias = others[0] if others else None
+        if isinstance(seed, Tensor):
+            seed = unwrap(seed)
     if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and autocasts(x):
         x, weight, lora_a, lora_b, bias = map(_autocast, (x, weight, lora_a, lora_b, bias))
         with torch.autocast(x.device.type, enabled=False):
@@ -77,15 +87,16 @@ def lora_linear(
                 first_column=first_column, backend=backend, rebuild=rebuild,
             )  # fmt: skip
     problem = validate(
-        x, weight, lora_a, lora_b, scaling, bias, dropout_p, seed, first_column, rebuild,
-        backend, _NAMES,
-    )  # fmt: skip
+        tensors, scaling, dropout_p, seed, first_column, rebuild, backend, _NAMES, traced
+    )
     scaling, dropout_p = float(scaling), float(dropout_p)
     column = first_column if dropout_p else None
-    traced = problem is None
-    where = composition.surrounds() or (
-        "in an exported program" if traced and torch.compiler.is_exporting() else None
-    )
+    where = composition.surrounds()
+    if where is None:
+        if not traced:
+            where = composition.functional(tensors)
+        elif torch.compiler.is_exporting():
+            where = "in an exported program"
     if where:
         _refuse(backend, where)
         given = None if seed is None or not dropout_p else seed_tensor(seed, x)
@@ -101,9 +112,6 @@ def lora_linear(
     if traced and torch.compiler.is_compiling() and _is_symbolic(scaling):
         # A number in the graph would be guarded on, one graph for each; a tensor is an input.
         scale, scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling, 1.0
-    if not traced:
-        x, weight, lora_a, lora_b = map(_unwrap, (x, weight, lora_a, lora_b))
-        bias = None if bias is None else _unwrap(bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
     ):
@@ -159,8 +167,10 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
         shape, scaling, dropout_p, column, backend, problem, *rest = ctx.rest
         rebuild, own_seed, joint, unread = rest
+        if problem is not None:
+            dy = unwrap(dy)
         if rebuild is not None:
-            weight = rebuild().to(dy.dtype)  # autocast may have converted it
+            weight = unwrap(rebuild().to(dy.dtype))  # autocast may have converted it
         if len(shape) != 2:
             dy, x = _flatten(dy), None if x is None else _flatten(x)
         seed = seed if own_seed is None else own_seed
@@ -188,14 +198,8 @@ class _LoRALinear(torch.autograd.Function):
 
 
 # What `Function.apply` calls in the end. Its Python, which looks for functorch's transforms, costs
-# a twentieth of a small call. What a transform left behind has no data of its own.
+# a twentieth of a small call.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
-_unwrap_once = torch._C._functorch.unwrap_if_dead
-
-
-def _unwrap(tensor: Tensor) -> Tensor:
-    inner = _unwrap_once(tensor)
-    return tensor if inner is tensor else _unwrap(inner)  # one layer for each transform
 
 
 class _NotTwiceDifferentiable(torch.autograd.Function):

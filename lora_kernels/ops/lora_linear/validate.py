@@ -21,30 +21,28 @@ _NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 
 
 def validate(
-    x: Any,
-    weight: Any,
-    lora_a: Any,
-    lora_b: Any,
+    tensors: tuple[Any, ...],
     scaling: Any,
-    bias: Any,
     dropout_p: Any,
     seed: Any,
     first_column: Any,
     rebuild: Any,
     backend: Any,
     backends: tuple[str, ...],
+    traced: bool,
 ) -> Problem | None:
     """Raise TypeError or ValueError unless the arguments are as `lora_linear` documents them.
+
+    tensors: x, weight, lora_a, lora_b and, if there is one, bias.
 
     Return the problem, or None where something traces. Elsewhere shapes, dtypes and devices are
     looked at once for each kind of tensors.
     """
-    tensors = (x, weight, lora_a, lora_b) if bias is None else (x, weight, lora_a, lora_b, bias)
-    traced = is_traced(tensors)
     if traced:  # also by what is no tensor
         for name, tensor in zip(_NAMES, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
+    x, weight, lora_a, lora_b, bias = (*tensors, None)[:5]
     # All that a problem, and whether it is one, depends on.
     facts: tuple[Any, ...] = (
         x.shape, weight.shape, lora_a.shape, lora_b.shape,

@@ -210,7 +210,8 @@ def _launch(
     seed_ptr = seed if seed is not None and seed.is_cuda else None
     addresses = [None if t is None else t.data_ptr() for t in tensors]
     key = (
-        plan_of, device, seed is None, seed_ptr is None, _first_group(call), _precision(kind[4]),
+        plan_of, device, seed is None, seed_ptr is None, _first_group(call),
+        _precision(tensors[0].dtype),
         DEBUG, pick, _has_tma, _ctas, kind,
         *[None if t is None else t.stride() for t in operands],
         *[a and a & 15 for a in addresses],

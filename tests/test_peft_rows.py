@@ -25,7 +25,7 @@ from peft_models import (
 )
 from peft_models import one_thread as one_thread
 
-from lora_kernels.peft import fuse, why_not
+from lora_kernels.peft import by_row, fuse, why_not
 from lora_kernels.testing import assert_accurate
 
 ALORA = {"alora_invocation_tokens": [3, 4]}
@@ -34,7 +34,7 @@ T = 5
 
 @pytest.fixture(autouse=True)
 def any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_kernels.peft.by_row._COLUMNS_PER_RANK", 0)
+    monkeypatch.setattr(by_row, "_COLUMNS_PER_RANK", 0)
 
 
 def mixed(dtype: torch.dtype = fp32, **third: Any) -> PeftModel:
@@ -94,6 +94,13 @@ def layers_fused(model: nn.Module) -> list[int]:
     return [counts.get("fused", 0) for counts in fuse(model).calls().values()]
 
 
+@pytest.fixture
+def fused_in_16_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PEFT might be faster, but the results are the same."""
+    monkeypatch.setattr(by_row, "_ACTING_SHARE_IN_16_BITS", by_row._ACTING_SHARE)
+
+
+@pytest.mark.usefixtures("fused_in_16_bits_too")
 @pytest.mark.parametrize("shape", [(6, T, K), (6, K)], ids=str)
 @pytest.mark.parametrize("dtype", [fp32, bf16, "bf16 beside fp32"], ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -107,6 +114,7 @@ def test_forward_and_gradients(case: str, dtype: Any, shape: tuple[int, ...]) ->
     assert_right(fused, plain, x, arguments)
 
 
+@pytest.mark.usefixtures("fused_in_16_bits_too")
 @pytest.mark.parametrize("case", CASES)
 def test_autocast(case: str) -> None:
     fused, plain, arguments = both(case)
@@ -233,9 +241,21 @@ def test_leaves_to_peft(make: Any, arguments: dict[str, Any], reason: str) -> No
             assert torch.equal(fused.result[name], expected), name
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_more_rows_must_act_in_16_bits(autocast: bool) -> None:
+    fused, *_ = both("aLoRA")
+    layer = fused.base_model.model.up
+    x = x_for(fused, 6, T, K)
+    if not autocast:
+        layer, x = layer.to(bf16), x.to(bf16)
+    with torch.autocast("cpu", bf16, enabled=autocast):
+        assert "too few" in str(why_not(layer, x, alora_offsets=[4] * 4 + [3, 4]))
+        assert why_not(layer, x, alora_offsets=[4] * 6) is None
+
+
 def test_much_rank_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain, arguments = both("three adapters")
-    monkeypatch.setattr("lora_kernels.peft.by_row._COLUMNS_PER_RANK", 25)
+    monkeypatch.setattr(by_row, "_COLUMNS_PER_RANK", 25)
     x = x_for(plain, 6, T, K)
     reason = why_not(fused.base_model.model.up, x, **arguments)
     assert reason == "a rank of 7 for every row, where PEFT's code is faster"

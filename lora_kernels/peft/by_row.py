@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.ops.lora_linear.op import autocasts
 from lora_kernels.peft import calls
 from lora_kernels.peft.adapters import changed, joined
 from lora_kernels.peft.lora import plain
@@ -25,9 +26,10 @@ _ALORA = "peft.tuners.lora.variants.ALoraLinearVariant"
 # 256; 12 of them 1.05 and 1.12; 4 at K = 1024 0.91 and 0.99. With gradients 0.88 to 0.98.
 _COLUMNS_PER_RANK = 25
 # Where no adapter acts PEFT computes none: aLoRA on half of 1024 rows takes 0.94 of PEFT's time
-# (forward and backward 0.89), on a tenth of them 1.05 (1.09), on all of them 0.77 (0.68); in bf16
-# nothing is gained at a half.
+# (forward and backward 0.89), on a tenth of them 1.05 (1.09), on all of them 0.77 (0.68). In 16
+# bits it depends on the CPU: on 0.7 of the rows 0.94 (0.80) of PEFT's, or more than 1.
 _ACTING_SHARE = 0.65
+_ACTING_SHARE_IN_16_BITS = 0.8
 
 
 def is_alora(layer: Any, name: str) -> bool:
@@ -74,7 +76,9 @@ def by_row(
         for i, name in enumerate(names):
             if is_alora(layer, name):
                 last[i] = min(offsets[i] or 0, last[i])
-    if x.dim() > 2 and sum(last) < _ACTING_SHARE * length * len(last):
+    narrow = x.itemsize == 2 or autocasts(x)
+    least = _ACTING_SHARE_IN_16_BITS if narrow else _ACTING_SHARE
+    if x.dim() > 2 and sum(last) < least * length * len(last):
         return "adapters act on too few of the rows, which PEFT picks out"
     if len(used) == 1 and min(last) == length:
         return adapters[0]

@@ -133,7 +133,7 @@ def peft_layer(inputs: Inputs, case: Case, dtype: torch.dtype) -> tuple[nn.Modul
 
 def _peft(inputs: Inputs, case: Case) -> Layer:
     x, _, _ = leaves(inputs)
-    layer, a, b = peft_layer(inputs, case, case.dtype)
+    layer, a, b = peft_layer(inputs, case, case.adapter_dtype or case.dtype)
     return Layer(lambda: layer(x), (x, a, b))
 
 
@@ -146,10 +146,6 @@ def _peft_default(inputs: Inputs, case: Case) -> Layer:
             return layer(x)
 
     return Layer(forward, (x, a, b))
-
-
-def _why_not_peft(case: Case, device: torch.device) -> str | None:
-    return None if case.adapter_dtype in (None, case.dtype) else "its adapters have x's dtype"
 
 
 def _why_not_peft_default(case: Case, device: torch.device) -> str | None:
@@ -191,7 +187,7 @@ PROVIDERS = (
     Provider("eager", _composed(eager)),
     Provider("addmm.compiled", _composed(addmm, compiled=True), _why_not_compiled),
     Provider("eager.compiled", _composed(eager, compiled=True), _why_not_compiled),
-    Provider("peft", _peft, _why_not_peft),
+    Provider("peft", _peft),
     Provider("peft.default", _peft_default, _why_not_peft_default),
     *(
         Provider(peer.name, functools.partial(_peer, peer), peer.why_not, package=peer.package)

@@ -1,8 +1,8 @@
 """Every kind of PEFT layer, fused beside PEFT's own code: forward, and forward + backward.
 
 Both run on the same parameters in the same rounds, PEFT twice. A row is the median of the rounds'
-own ratios, its noise what PEFT differs from a copy of itself by. Fused and slower by more than
-that is a failure of the run: then `fuse` has to leave the kind to PEFT.
+own ratios, its noise what PEFT differs from itself by. Fused and slower by more than that is a
+failure of the run: then `fuse` has to leave the kind to PEFT.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ def measure_pair(
     sizes = case.sizes(sizes)
     plain, x = case.layer(sizes, device), case.x(sizes, device)
     shared = {id(p): p for p in plain.parameters()}
-    # All multiply by the same memory. On a CPU a copy was seen to take up to 1.02 of the original's
-    # time, with every attribute the same object: what is no copy would favour PEFT.
-    again, holder = (copy.deepcopy(nn.Sequential(plain), dict(shared)) for _ in range(2))
+    # Copies, which multiply by the same memory: on a CPU one was seen to take up to 1.02 of the
+    # time of the original, with every attribute the same object.
+    first, again, holder = (copy.deepcopy(nn.Sequential(plain), dict(shared)) for _ in range(3))
     fuse(holder)
     fused = holder[0]
-    layers = {PEFT: plain, AGAIN: again[0], FUSED: fused}
+    layers = {PEFT: first[0], AGAIN: again[0], FUSED: fused}
     with torch.no_grad():  # by a copy: its first call changes an 8-bit layer
         dy = torch.randn_like(call(case, copy.deepcopy(plain), x), dtype=x.dtype)
     with _context(case, device):

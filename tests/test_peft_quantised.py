@@ -255,7 +255,9 @@ def test_a_weight_that_an_initialisation_sets_later_is_multiplied_by(
     fuse(fused)
     x = x_for(fp32)
     for peft in (fused, plain):
-        peft.eval()(x)  # by bitsandbytes, with the fused one as well
+        if name == "int8":  # by bitsandbytes; 4 bits it may repack, for sizes unlike these
+            peft.eval()
+        peft(x)
         peft.train().add_adapter(
             "other", LoraConfig(target_modules=["up", "down"], init_lora_weights="olora")
         )
@@ -322,7 +324,7 @@ def test_x_wider_than_the_compute_dtype_is_left_to_peft() -> None:
     assert_same_as_peft(fused, plain, x)
 
 
-def test_inference_is_left_to_bitsandbytes() -> None:
+def test_inference_is_left_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -331,6 +333,8 @@ def test_inference_is_left_to_bitsandbytes() -> None:
     fused, plain = layers
     fuse(fused)
     x = x_for(bf16, 3, 64)
+    # Nothing else is asked: in inference that is a good part of what a call costs.
+    monkeypatch.setattr("lora_kernels.peft.layer.adapter_of", None)
     with torch.no_grad():
         assert "in inference" in str(why_not(fused, x))
         assert torch.equal(fused(x), plain(x))

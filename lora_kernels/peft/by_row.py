@@ -51,14 +51,30 @@ def by_row(
     used = [name for name in dict.fromkeys(names) if name in present]
     if not used:
         return calls.NO_ADAPTER
+    # How many of a row's last positions are acted on: what costs least to ask is asked first.
+    aloras = [name for name in used if is_alora(layer, name)]
+    length = x.shape[1] if x.dim() == 3 else 1
+    last = [length if name in used else 0 for name in names]
+    if aloras:
+        if offsets is None:
+            return "aLoRA without offsets, which is the frozen layer"
+        if x.dim() > 3 or len(offsets) != len(x):
+            return f"x is {tuple(x.shape)}, with {len(offsets)} aLoRA offsets"
+        for i, name in enumerate(names):
+            if name in aloras:
+                last[i] = min(offsets[i] or 0, last[i])
+    narrow = x.itemsize == 2 or autocasts(x)
+    least = _ACTING_SHARE_IN_16_BITS if narrow else _ACTING_SHARE
+    if x.dim() > 2 and sum(last) < least * length * len(last):
+        return "adapters act on too few of the rows, which PEFT picks out"
     adapters = []
     for name in used:
         adapter = plain(layer, name, now=True)
-        if is_alora(layer, name):
+        if name in aloras:
             adapter = changed(layer.lora_variant[name]) or adapter
         if isinstance(adapter, str):
             return f"{adapter} (adapter {name!r}, for some rows)"
-        if adapter.derive is not None or (name in layer.lora_variant and not is_alora(layer, name)):
+        if adapter.derive is not None or (name in layer.lora_variant and name not in aloras):
             return f"adapter {name!r}, for some rows, is more than LoRA"
         if adapter.dropout_p:
             return "dropout on some rows alone"
@@ -66,20 +82,6 @@ def by_row(
     ranks = [adapter.lora_a.shape[0] for adapter in adapters]
     if len(used) > 1 and sum(ranks) * _COLUMNS_PER_RANK > x.shape[-1]:
         return f"a rank of {sum(ranks)} for every row, where PEFT's code is faster"
-    length = x.shape[1] if x.dim() == 3 else 1
-    last = [length if name in used else 0 for name in names]
-    if any(is_alora(layer, name) for name in used):
-        if offsets is None:
-            return "aLoRA without offsets, which is the frozen layer"
-        if x.dim() > 3 or len(offsets) != len(x):
-            return f"x is {tuple(x.shape)}, with {len(offsets)} aLoRA offsets"
-        for i, name in enumerate(names):
-            if is_alora(layer, name):
-                last[i] = min(offsets[i] or 0, last[i])
-    narrow = x.itemsize == 2 or autocasts(x)
-    least = _ACTING_SHARE_IN_16_BITS if narrow else _ACTING_SHARE
-    if x.dim() > 2 and sum(last) < least * length * len(last):
-        return "adapters act on too few of the rows, which PEFT picks out"
     if len(used) == 1 and min(last) == length:
         return adapters[0]
     found = joined(adapters)

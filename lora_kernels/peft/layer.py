@@ -54,6 +54,11 @@ class Fused(ExactMerge):
         """Return what `find` would for the most usual x and layer, sooner, or None for others."""
         return None
 
+    @staticmethod
+    def left(layer: Any, x: Tensor) -> str | None:
+        """Return why the base layer has to multiply x, if that is soon seen."""
+        return None
+
     @classmethod
     def find(
         cls, layer: Any, x: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -125,12 +130,13 @@ def find(
             return found
         # Before more is asked, where that is what a call costs.
         some = isinstance(x, Tensor) and not (layer.merged_adapters or layer._disable_adapters)
-        if some and on_a_cpu(x):
+        reason = own.left(layer, x) if some else None
+        if some and reason is None and on_a_cpu(x):
             reason = few_rows(x)
             if reason is None and own.usual is Fused.usual:
                 reason = too_few(layer, x)
-            if reason:
-                return reason if _active(layer) else calls.NO_ADAPTER
+        if reason:
+            return reason if _active(layer) else calls.NO_ADAPTER
     if args or not ARGUMENTS.issuperset(kwargs):
         return f"called with extra arguments: {', '.join(kwargs) or len(args)}"
     if layer.disable_adapters:

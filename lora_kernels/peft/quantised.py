@@ -26,6 +26,15 @@ class FusedLinear4bit(Fused, Linear4bit):
     plain = Linear4bit
 
     @staticmethod
+    def left(layer: Any, x: Tensor) -> str | None:
+        """Return why bitsandbytes has to multiply x, if it does."""
+        if not layer.training and not torch.is_grad_enabled():
+            return "in inference bitsandbytes may multiply by the 4-bit weight itself"
+        if x.is_cuda and x.numel() <= _PACKED_ROWS * layer.in_features:
+            return "for a few rows bitsandbytes multiplies by the 4-bit weight itself"
+        return None
+
+    @staticmethod
     def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
         """Return the packed weight and how to unpack it, or why bitsandbytes has to."""
         reason = not_plain("base layer", base, _4BIT)
@@ -40,10 +49,9 @@ class FusedLinear4bit(Fused, Linear4bit):
             return f"base weight was quantised as {tuple(state.shape)}"
         if getattr(state, "packing_format_for_cpu", False):
             return "base weight is repacked for inference on this CPU, which passes no gradient"
-        if x is not None and not layer.training and not torch.is_grad_enabled():
-            return "in inference bitsandbytes may multiply by the 4-bit weight itself"
-        if x is not None and x.is_cuda and x.numel() <= _PACKED_ROWS * base.in_features:
-            return "for a few rows bitsandbytes multiplies by the 4-bit weight itself"
+        reason = None if x is None else FusedLinear4bit.left(layer, x)
+        if reason:
+            return reason
         dtype = base.compute_dtype
         if not base.compute_type_is_set or dtype is None:  # then x decides
             dtype = state.dtype if x is None else x.dtype
@@ -75,6 +83,15 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
     plain = Linear8bitLt
 
     @staticmethod
+    def left(layer: Any, x: Tensor) -> str | None:
+        """Return why bitsandbytes has to multiply x, if it does."""
+        if x.device.type not in ("cpu", "xpu"):
+            return "bitsandbytes quantises x, too"
+        if not layer._modules["base_layer"].training:
+            return "bitsandbytes quantises x, too, outside training"
+        return None
+
+    @staticmethod
     def frozen(layer: Any, base: Any, x: Tensor | None) -> Frozen | str:
         """Return the int8 weight and how to scale it, or why bitsandbytes has to."""
         reason = not_plain("base layer", base, (bnb.nn.Linear8bitLt,))
@@ -86,8 +103,9 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
             return "base weight is quantised anew at every call"
         if weight.device.type not in ("cpu", "xpu"):
             return "bitsandbytes quantises x, too"
-        if x is not None and not base.training:
-            return "bitsandbytes quantises x, too, outside training"
+        reason = None if x is None else FusedLinear8bitLt.left(layer, x)
+        if reason:
+            return reason
         values, scales = _held(base, "CB"), _held(base, "SCB")
         if values is None or scales is None:
             return "base weight is not quantised yet"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 WINDOW, DRIFT = 5, 0.02  # settled: two windows of rounds whose medians differ by less than 2 %
-MIN_ROUNDS, MAX_ROUNDS = 10, 100
+MIN_ROUNDS, MAX_ROUNDS = 10, {"cpu": 1000, "cuda": 100}
 MAX_BACKLOG_S = 0.05
 _CYCLES_PER_S = 2e9  # of the spinning kernel, roughly
 
@@ -37,6 +37,7 @@ def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> l
     """Time `calls` launch by launch in random order, for about `seconds` once settled."""
     clock = _CudaRound() if device.type == "cuda" else _cpu_round
     order, shuffle, launches = list(range(len(calls))), random.Random(0).shuffle, 0
+    most = MAX_ROUNDS[device.type]
 
     def one_round() -> list[tuple[float, float]]:
         nonlocal launches
@@ -52,7 +53,7 @@ def interleave(calls: Sequence[Call], device: torch.device, seconds: float) -> l
         rounds: list[list[tuple[float, float]]] = []
         start = time.perf_counter()
         while len(rounds) < MIN_ROUNDS or (
-            len(rounds) < MAX_ROUNDS and time.perf_counter() - start < seconds
+            len(rounds) < most and time.perf_counter() - start < seconds
         ):
             rounds.append(one_round())
     finally:

@@ -63,14 +63,16 @@ def test_a_pair_that_is_wrong_gets_no_time(monkeypatch: Any) -> None:
 def test_a_pair_is_judged_by_its_own_noise(fused: float, again: float, slow: bool) -> None:
     """Rounds drift by a factor of two: only what happens within a round counts."""
     drift = [1 + i / 20 for i in range(20)]
-    times = {"peft": 1.0, "peft.again": again, "lora_kernels": fused * (1 + again) / 2}
+    ours = fused * (1 + again) / 2
+    times = {"peft": 1.0, "peft.again": again, "lora_kernels": ours, "lora_kernels.again": ours}
     row = bench_peft.beside({name: [t * d for d in drift] for name, t in times.items()})
     assert row["x_peft"] == pytest.approx(fused)
     assert row["noise"] == pytest.approx(max(again - 1, 0.02))
     row |= {"left": None}
     assert (results.too_slow(row) is not None) == slow
     scatter = [t * (1.5 if i % 2 else 0.7) for i, t in enumerate(drift)]
-    noisy = {"peft": drift, "peft.again": drift, "lora_kernels": scatter}
+    noisy = times | {"peft": drift, "peft.again": drift}
+    noisy |= dict.fromkeys(("lora_kernels", "lora_kernels.again"), scatter)
     assert results.too_slow(bench_peft.beside(noisy) | {"left": None}) is None
 
 

@@ -74,6 +74,8 @@ def test_a_pair_is_judged_by_its_own_noise(fused: float, again: float, slow: boo
     noisy = times | {"peft": drift, "peft.again": drift}
     noisy |= dict.fromkeys(("lora_kernels", "lora_kernels.again"), scatter)
     assert results.too_slow(bench_peft.beside(noisy) | {"left": None}) is None
+    noisy |= {"lora_kernels": drift, "lora_kernels.again": [1.5 * t for t in drift]}
+    assert bench_peft.beside(noisy)["noise"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("peft_us", "slow"), [(30.0, False), (300.0, True)])

@@ -51,9 +51,13 @@ def by_row(
     used = [name for name in dict.fromkeys(names) if name in present]
     if not used:
         return calls.NO_ADAPTER
-    # How many of a row's last positions are acted on: what costs least to ask is asked first.
+    # What costs least to ask is asked first: where PEFT runs, that is all it costs.
+    ranks = [layer.r[name] for name in used]
+    if len(used) > 1 and sum(ranks) * _COLUMNS_PER_RANK > x.shape[-1]:
+        return f"a rank of {sum(ranks)} for every row, where PEFT's code is faster"
     aloras = [name for name in used if is_alora(layer, name)]
     length = x.shape[1] if x.dim() == 3 else 1
+    # How many of a row's last positions are acted on.
     last = [length if name in used else 0 for name in names]
     if aloras:
         if offsets is None:
@@ -79,9 +83,6 @@ def by_row(
         if adapter.dropout_p:
             return "dropout on some rows alone"
         adapters.append(adapter)
-    ranks = [adapter.lora_a.shape[0] for adapter in adapters]
-    if len(used) > 1 and sum(ranks) * _COLUMNS_PER_RANK > x.shape[-1]:
-        return f"a rank of {sum(ranks)} for every row, where PEFT's code is faster"
     if len(used) == 1 and min(last) == length:
         return adapters[0]
     found = joined(adapters)

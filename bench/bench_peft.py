@@ -38,7 +38,9 @@ def measure_pair(
         return {d: Row(facts(case, sizes, d), [], f"absent: {absent}") for d in case.directions}
     sizes = case.sizes(sizes)
     plain, x = case.layer(sizes, device), case.x(sizes, device)
-    shared = {id(p): p for p in plain.parameters()}
+    shared: dict[int, Any] = {id(p): p for p in plain.parameters()}
+    state = getattr(plain.base_layer, "state", None)  # where bitsandbytes keeps an int8 weight
+    shared[id(state)] = state
     # On a CPU a copy was seen to take up to 1.02 of the original's time, with every attribute the
     # same object, and Python's caches side with the class that is called more often.
     layers = {}
@@ -46,7 +48,8 @@ def measure_pair(
         holder = copy.deepcopy(nn.Sequential(plain), dict(shared))  # multiplies by the same memory
         if name in FUSED:
             fuse(holder)
-        layers[name] = fused = holder[0]
+        layers[name] = holder[0]
+    fused = layers[FUSED[0]]
     with torch.no_grad():  # by a copy: its first call changes an 8-bit layer
         dy = torch.randn_like(call(case, copy.deepcopy(plain), x), dtype=x.dtype)
     with _context(case, device):
@@ -146,8 +149,9 @@ def beside(seconds: dict[str, list[float]]) -> dict[str, float]:
     ratios = [(fused + once_more) / (peft + again) for peft, again, fused, once_more in rounds]
     p20, _, _, p80 = statistics.quantiles(ratios, n=5)
     median = statistics.median(ratios)
+    # A side's mean is off by half of what its two differ by.
     same = max(
-        abs(statistics.median(round[i + 1] / round[i] for round in rounds) - 1) for i in (0, 2)
+        abs(statistics.median(round[i + 1] / round[i] for round in rounds) - 1) / 2 for i in (0, 2)
     )
     standard_error = 1.253 * (p80 - p20) / 1.683 / math.sqrt(len(ratios))
     return {

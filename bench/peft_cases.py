@@ -257,7 +257,7 @@ CASES = (
     PeftCase("falcon", _falcon),
     PeftCase("alora", _linear, _ALORA, batch=8, keywords=_acting(1.0)),
     PeftCase("alora.most", _linear, _ALORA, batch=8, keywords=_acting(0.7)),
-    PeftCase("alora.most", _linear, _ALORA, dtype=bf16, batch=8, keywords=_acting(0.85)),
+    PeftCase("alora.nearly", _linear, _ALORA, dtype=bf16, batch=8, keywords=_acting(0.85)),
     PeftCase("alora.half", _linear, _ALORA, dtype=bf16, batch=8, keywords=_acting(0.5)),
     PeftCase("alora.tenth", _linear, _ALORA, batch=8, keywords=_acting(0.1)),
     PeftCase("names2", _linear, ({"r": 8}, {"r": 8}), batch=8, keywords=_names),

@@ -253,6 +253,17 @@ def test_more_rows_must_act_in_16_bits(autocast: bool) -> None:
         assert why_not(layer, x, alora_offsets=[4] * 6) is None
 
 
+def test_a_rank_that_is_not_the_one_on_record() -> None:
+    """PEFT leaves it stale: a weighted sum of adapters with a `rank_pattern`, say, or OLoRA's."""
+    fused, plain, arguments = both("three adapters")
+    for model in (fused, plain):
+        layer = model.base_model.model.down
+        layer.r["other"] += 3
+        del layer.r["third"]
+    x = x_for(plain, 6, T, K)
+    assert_right(fused, plain, x, arguments)
+
+
 def test_much_rank_is_left_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain, arguments = both("three adapters")
     monkeypatch.setattr(by_row, "_COLUMNS_PER_RANK", 25)

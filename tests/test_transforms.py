@@ -1,5 +1,7 @@
 """Transforms around a call, or around its backward pass alone: the values of plain PyTorch."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from peft_models import one_thread as one_thread
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import BackendUnavailable, LoRALinear, lora_linear
 from lora_kernels.ops.lora_linear import op, reference
@@ -309,26 +312,48 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
+watched = functools.partial(FlopCounterMode, display=False)
+
+
+@pytest.mark.parametrize("under", [contextlib.nullcontext, watched])
 @pytest.mark.parametrize("by", [left_by_grad, left_by_functionalize])
 def test_what_a_transform_left_behind_is_as_before_it(
-    by: Callable[..., Sequence[Tensor]], addresses: list[int]
+    by: Callable[..., Sequence[Tensor]], under: Callable[[], Any], addresses: list[int]
 ) -> None:
     """A kernel reads addresses, and what a transform wraps a tensor in has none."""
-    case = Case(M, N, K, R, bias=True)
-    x, weight, a, b, bias, dy, *_ = make_inputs(case)
+    x, weight, a, b, bias, dy, *_ = make_inputs(Case(M, N, K, R, bias=True))
+    seed = torch.tensor([7])
     results = []
     for wrap in (lambda *t: t, by):
-        x1, weight1, bias1, seed1, dy1 = wrap(x, weight, bias, torch.tensor([7]), dy)
+        x1, weight1, bias1, seed1, dy1 = wrap(x, weight, bias, seed, dy)
         (weight2,) = wrap(weight)
         leaves = [t.clone().requires_grad_() for t in (a, b)]
         options = {"bias": bias1, "dropout_p": 0.5, "seed": seed1}
         moved = torch.zeros_like(x, requires_grad=True)
+        addresses.clear()
         for given in (x1, x1 + moved):
-            y = ours(given, weight1, *leaves, **options, rebuild=lambda w=weight2: w)
+            with under():
+                y = ours(given, weight1, *leaves, **options, rebuild=lambda w=weight2: w)
             asked = [*leaves, moved] if given is not x1 else leaves
             results.append([y.detach(), *torch.autograd.grad(y, asked, dy1)])
+        if under is not watched:  # what functionalize left is composed
+            assert (x.data_ptr() in addresses) == (by is left_by_grad or wrap is not by)
     half = len(results) // 2
     for before, after in zip(results[:half], results[half:], strict=True):
         for one, other in zip(before, after, strict=True):
             torch.testing.assert_close(one, other)
-    assert x.data_ptr() in addresses
+    left, _ = by(seed, dy)  # beside plain operands
+    results = [ours(x, weight, a, b, dropout_p=0.5, seed=given) for given in (left, seed)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("under", [contextlib.nullcontext, watched])
+def test_what_a_transform_left_behind_gets_its_gradient(under: Callable[[], Any]) -> None:
+    operands = make_inputs(Case(M, N, K, R))[:4]
+    leaves = [operands[i].requires_grad_() for i in (0, 2, 3)]
+    with under():
+        y = ours(*left_by_grad(*operands))
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), leaves),
+        torch.autograd.grad(ours(*operands).square().sum(), leaves),
+    )

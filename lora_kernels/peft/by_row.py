@@ -52,9 +52,9 @@ def by_row(
     if not used:
         return calls.NO_ADAPTER
     # What costs least to ask is asked first: where PEFT runs, that is all it costs.
-    ranks = [layer.r[name] for name in used]
-    if len(used) > 1 and sum(ranks) * _COLUMNS_PER_RANK > x.shape[-1]:
-        return f"a rank of {sum(ranks)} for every row, where PEFT's code is faster"
+    rank = sum(layer.r.get(name, 0) for name in used)  # PEFT may leave it stale
+    if len(used) > 1 and rank * _COLUMNS_PER_RANK > x.shape[-1]:
+        return f"a rank of {rank} for every row, where PEFT's code is faster"
     aloras = [name for name in used if is_alora(layer, name)]
     length = x.shape[1] if x.dim() == 3 else 1
     # How many of a row's last positions are acted on.
@@ -83,6 +83,7 @@ def by_row(
         if adapter.dropout_p:
             return "dropout on some rows alone"
         adapters.append(adapter)
+    ranks = [adapter.lora_a.shape[0] for adapter in adapters]
     if len(used) == 1 and min(last) == length:
         return adapters[0]
     found = joined(adapters)

@@ -55,7 +55,7 @@ class Fused(ExactMerge):
         return None
 
     @staticmethod
-    def left(layer: Any, x: Tensor) -> str | None:
+    def left_to_base(layer: Any, x: Tensor) -> str | None:
         """Return why the base layer has to multiply x, if that is soon seen."""
         return None
 
@@ -130,7 +130,7 @@ def find(
             return found
         # Before more is asked, where that is what a call costs.
         some = isinstance(x, Tensor) and not (layer.merged_adapters or layer._disable_adapters)
-        reason = own.left(layer, x) if some else None
+        reason = own.left_to_base(layer, x) if some else None
         if some and reason is None and on_a_cpu(x):
             reason = few_rows(x)
             if reason is None and own.usual is Fused.usual:

@@ -26,7 +26,7 @@ class FusedLinear4bit(Fused, Linear4bit):
     plain = Linear4bit
 
     @staticmethod
-    def left(layer: Any, x: Tensor) -> str | None:
+    def left_to_base(layer: Any, x: Tensor) -> str | None:
         """Return why bitsandbytes has to multiply x, if it does."""
         if not layer.training and not torch.is_grad_enabled():
             return "in inference bitsandbytes may multiply by the 4-bit weight itself"
@@ -49,7 +49,7 @@ class FusedLinear4bit(Fused, Linear4bit):
             return f"base weight was quantised as {tuple(state.shape)}"
         if getattr(state, "packing_format_for_cpu", False):
             return "base weight is repacked for inference on this CPU, which passes no gradient"
-        reason = None if x is None else FusedLinear4bit.left(layer, x)
+        reason = None if x is None else FusedLinear4bit.left_to_base(layer, x)
         if reason:
             return reason
         dtype = base.compute_dtype
@@ -83,7 +83,7 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
     plain = Linear8bitLt
 
     @staticmethod
-    def left(layer: Any, x: Tensor) -> str | None:
+    def left_to_base(layer: Any, x: Tensor) -> str | None:
         """Return why bitsandbytes has to multiply x, if it does."""
         if x.device.type not in ("cpu", "xpu"):
             return "bitsandbytes quantises x, too"
@@ -103,7 +103,7 @@ class FusedLinear8bitLt(Fused, Linear8bitLt):
             return "base weight is quantised anew at every call"
         if weight.device.type not in ("cpu", "xpu"):
             return "bitsandbytes quantises x, too"
-        reason = None if x is None else FusedLinear8bitLt.left(layer, x)
+        reason = None if x is None else FusedLinear8bitLt.left_to_base(layer, x)
         if reason:
             return reason
         values, scales = _held(base, "CB"), _held(base, "SCB")

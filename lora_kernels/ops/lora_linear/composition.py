@@ -7,6 +7,7 @@ exported program names no operator of this package.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +43,16 @@ def functional(tensors: Sequence[Tensor]) -> str | None:
     return "on a functional tensor" if any(map(_is_functional, tensors)) else None
 
 
-def unwrap(tensor: Tensor) -> Tensor:
-    """Return a tensor without what transforms that have ended left around it.
+def unwrap(value: Any) -> Any:
+    """Return a tensor without what transforms that have ended left around it; others as they are.
 
     A wrapper has no data of its own, where a kernel reads an address, and asks for the gradients
     of its transform.
     """
-    inner = _unwrap_once(tensor)
-    return tensor if inner is tensor else unwrap(inner)  # one layer for each transform
+    if not isinstance(value, Tensor):
+        return value
+    inner = _unwrap_once(value)
+    return value if inner is value else unwrap(inner)  # one layer for each transform
 
 
 def forward(call: Forward) -> Tensor:

@@ -70,15 +70,9 @@ def lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; the gradients
     are derived in the README.md beside this file.
     """
-    tensors: tuple[Tensor, ...] = (x, weight, lora_a, lora_b)
-    if bias is not None:
-        tensors += (bias,)
-    traced = is_traced(tensors)
-    if not traced:
-        x, weight, lora_a, lora_b, *others = tensors = tuple(map(unwrap, tensors))
-        bias = others[0] if others else None
-        if isinstance(seed, Tensor):
-            seed = unwrap(seed)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        x, weight, lora_a, lora_b, bias, seed = map(unwrap, (x, weight, lora_a, lora_b, bias, seed))
     if torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and autocasts(x):
         x, weight, lora_a, lora_b, bias = map(_autocast, (x, weight, lora_a, lora_b, bias))
         with torch.autocast(x.device.type, enabled=False):
@@ -86,17 +80,21 @@ def lora_linear(
                 x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, seed=seed,
                 first_column=first_column, backend=backend, rebuild=rebuild,
             )  # fmt: skip
+    tensors: tuple[Tensor, ...] = (x, weight, lora_a, lora_b)
+    if bias is not None:
+        tensors += (bias,)
+    traced = is_traced(tensors)
     problem = validate(
         tensors, scaling, dropout_p, seed, first_column, rebuild, backend, _NAMES, traced
     )
     scaling, dropout_p = float(scaling), float(dropout_p)
     column = first_column if dropout_p else None
     where = composition.surrounds()
-    if where is None:
-        if not traced:
-            where = composition.functional(tensors)
-        elif torch.compiler.is_exporting():
-            where = "in an exported program"
+    if where is None and not compiling:
+        read = (*tensors, seed) if isinstance(seed, Tensor) else tensors
+        where = composition.functional(read)
+    if where is None and traced and torch.compiler.is_exporting():
+        where = "in an exported program"
     if where:
         _refuse(backend, where)
         given = None if seed is None or not dropout_p else seed_tensor(seed, x)
@@ -104,12 +102,12 @@ def lora_linear(
         return composition.forward(call)
     drawn = scale = None
     if dropout_p > 0:
-        if backend != AUTO and not torch.compiler.is_compiling():
+        if backend != AUTO and not compiling:
             # A refusal must come before a seed is drawn; "auto" always finds a backend.
             call = Forward(x, weight, lora_a, lora_b, bias, None, scaling, dropout_p, column)
             select(BACKENDS, problem or call.problem(), backend)
         drawn = seed_tensor(seed, x)
-    if traced and torch.compiler.is_compiling() and _is_symbolic(scaling):
+    if compiling and _is_symbolic(scaling):
         # A number in the graph would be guarded on, one graph for each; a tensor is an input.
         scale, scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling, 1.0
     if torch.is_grad_enabled() and (
@@ -167,7 +165,7 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, p, seed, scale = ctx.saved_tensors
         shape, scaling, dropout_p, column, backend, problem, *rest = ctx.rest
         rebuild, own_seed, joint, unread = rest
-        if problem is not None:
+        if not torch.compiler.is_compiling():
             dy = unwrap(dy)
         if rebuild is not None:
             weight = unwrap(rebuild().to(dy.dtype))  # autocast may have converted it

@@ -42,7 +42,8 @@ def validate(
         for name, tensor in zip(_NAMES, tensors, strict=False):
             if not isinstance(tensor, Tensor):
                 _type_error(f"{name} must be a tensor, got {type(tensor).__name__}")
-    x, weight, lora_a, lora_b, bias = (*tensors, None)[:5]
+    x, weight, lora_a, lora_b = tensors[:4]
+    bias = tensors[4] if len(tensors) == 5 else None
     # All that a problem, and whether it is one, depends on.
     facts: tuple[Any, ...] = (
         x.shape, weight.shape, lora_a.shape, lora_b.shape,

@@ -59,9 +59,7 @@ def measure_pair(
     rows = {}
     for direction in case.directions:
         rows[direction] = row(direction, layers)
-        if too_slow(
-            rows[direction].info
-        ):  # by the place of its objects, maybe: the middle of three
+        if too_slow(rows[direction].info):  # maybe for where its objects lie: the middle of three
             three = [rows[direction], *(row(direction, copies(plain)) for _ in range(2))]
             rows[direction] = sorted(three, key=lambda row: row.info["x_peft"])[1]
     return rows

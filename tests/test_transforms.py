@@ -292,15 +292,15 @@ def left_by_functionalize(*operands: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def addresses(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What a backend that reads addresses, as a kernel does, has read: the first tensor's alone."""
-    read: list[int] = []
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """What a backend that reads addresses, as a kernel does, has read in each of its calls."""
+    read: list[list[int]] = []
 
     def reading(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def direction(call: Any, *rest: Any) -> Any:
             found = [t.data_ptr() for t in call if isinstance(t, Tensor)]
             assert all(found)
-            read.append(found[0])
+            read.append(found)
             return run(call, *rest)
 
         return direction
@@ -318,7 +318,7 @@ watched = functools.partial(FlopCounterMode, display=False)
 @pytest.mark.parametrize("under", [contextlib.nullcontext, watched])
 @pytest.mark.parametrize("by", [left_by_grad, left_by_functionalize])
 def test_what_a_transform_left_behind_is_as_before_it(
-    by: Callable[..., Sequence[Tensor]], under: Callable[[], Any], addresses: list[int]
+    by: Callable[..., Sequence[Tensor]], under: Callable[[], Any], addresses: list[list[int]]
 ) -> None:
     """A kernel reads addresses, and what a transform wraps a tensor in has none."""
     x, weight, a, b, bias, dy, *_ = make_inputs(Case(M, N, K, R, bias=True))
@@ -337,7 +337,8 @@ def test_what_a_transform_left_behind_is_as_before_it(
             asked = [*leaves, moved] if given is not x1 else leaves
             results.append([y.detach(), *torch.autograd.grad(y, asked, dy1)])
         if under is not watched:  # what functionalize left is composed
-            assert (x.data_ptr() in addresses) == (by is left_by_grad or wrap is not by)
+            ran = [x.data_ptr(), weight.data_ptr()] in [found[:2] for found in addresses]
+            assert ran == (by is left_by_grad or wrap is not by)
     half = len(results) // 2
     for before, after in zip(results[:half], results[half:], strict=True):
         for one, other in zip(before, after, strict=True):
@@ -345,6 +346,20 @@ def test_what_a_transform_left_behind_is_as_before_it(
     left, _ = by(seed, dy)  # beside plain operands
     results = [ours(x, weight, a, b, dropout_p=0.5, seed=given) for given in (left, seed)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_nested_transforms_left_behind_has_data(
+    grad: bool, addresses: list[list[int]]
+) -> None:
+    operands = make_inputs(Case(M, N, K, R))[:4]
+    x, weight, a, b = left_by_grad(*operands)
+    extra = torch.zeros(R, K).requires_grad_(grad)
+    assert torch.equal(ours(x, weight, a, b), ours(*operands))
+    ours(x, weight, extra, b)
+    assert addresses == [[t.data_ptr() for t in operands]] * 2 + [
+        [t.data_ptr() for t in (operands[0], operands[1], extra, operands[3])]
+    ]
 
 
 @pytest.mark.parametrize("under", [contextlib.nullcontext, watched])

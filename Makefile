@@ -25,8 +25,9 @@ initialisation: $(READY)  ## Show on the same model why A starts random and B at
 	$(RUN) examples/initialisation.py
 
 test: $(READY) $(TRITON36)  ## Run every test this machine can run.
-	$(RUN) -m pytest -q -n 2
-	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 tests/test_triton.py tests/test_launch_plan.py
+	$(RUN) -m pytest -q -n 2 --dist worksteal
+	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 --dist worksteal -k "not mutants" \
+	  tests/test_triton.py tests/test_launch_plan.py
 
 test-ptx: $(READY) $(TRITON36)  ## Run the compiled kernels on the PTX machine in more ways than make test.
 	PTX_SWEEP=1 $(RUN) -m pytest -q -n 2 tests/test_ptx_calibration.py tests/test_ptx_kernels.py

@@ -7,6 +7,7 @@ torchrun every process takes its share of each batch, and the result is the same
 
 import argparse
 import copy
+import functools
 import itertools
 import re
 import subprocess
@@ -31,6 +32,14 @@ class Run(NamedTuple):
     losses: list[float]
     validation: tuple[float, float]
     peak_mib: float | None
+
+
+class Speeds(NamedTuple):
+    """Tokens per second, forward and backward."""
+
+    plain: float
+    fused: float
+    separate: float  # fused, with a dx for each layer
 
 
 def main() -> None:
@@ -165,17 +174,20 @@ def watch_peak(device: torch.device) -> Callable[[], float | None]:
 
 def compare_speed(
     model: nn.Module, tokens: Tensor, rounds: int = 5
-) -> tuple[list[float], dict[str, dict[str, int]]]:
-    """Return the tokens/s of forward and backward, plain and fused, and the calls of a fused one.
+) -> tuple[Speeds, dict[str, dict[str, int]]]:
+    """Return the tokens/s of forward and backward, and the calls of a fused one.
 
-    The two take turns, so that both meet the same state of the machine, after one turn that does
-    not count; each time is the median. `model` is left fused.
+    Plain, fused, and fused with a dx for each layer, not one for those that read one x. They take
+    turns, so that all meet the same state of the machine, after one turn that does not count; each
+    time is the median. `model` is left fused.
     """
     from lora_kernels import peft
 
     model.train()
     share = parallel.own_share(tokens[None])[0]
-    seconds: dict[Callable[[nn.Module], Any], list[float]] = {peft.unfuse: [], peft.fuse: []}
+    apart = functools.partial(peft.fuse, share_inputs=False)
+    seconds: dict[Callable[[nn.Module], Any], list[float]]
+    seconds = {peft.unfuse: [], apart: [], peft.fuse: []}
     for _ in range(1 + rounds):
         for switch, times in seconds.items():
             report = switch(model)
@@ -185,7 +197,8 @@ def compare_speed(
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
             model.zero_grad()
-    return [tokens.numel() / median(times[1:]) for times in seconds.values()], report.calls()
+    plain, separate, fused = (tokens.numel() / median(times[1:]) for times in seconds.values())
+    return Speeds(plain, fused, separate), report.calls()
 
 
 def backends(model: nn.Module, calls: dict[str, dict[str, int]], tokens: Tensor) -> str:
@@ -207,17 +220,16 @@ def backends(model: nn.Module, calls: dict[str, dict[str, int]], tokens: Tensor)
     return ", ".join(sorted(chosen))
 
 
-def table(
-    plain: Run, fused: Run, speeds: list[float], backend: str, args: argparse.Namespace
-) -> str:
+def table(plain: Run, fused: Run, speeds: Speeds, backend: str, args: argparse.Namespace) -> str:
     """Return the comparison as text."""
     few = min(5, args.steps)
 
-    def column(run: Run, speed: float, runs_on: str) -> list[str]:
+    def column(run: Run, speed: float, separate: str, runs_on: str) -> list[str]:
         return [
             *(f"{loss:.4f}" for loss in run.validation),
             *(f"{mean(losses):.4f}" for losses in (run.losses[:few], run.losses[-few:])),
             f"{speed:.0f}",
+            separate,
             "unknown" if run.peak_mib is None else f"{run.peak_mib:.0f} MiB",
             runs_on,
         ]
@@ -228,10 +240,14 @@ def table(
         f"training loss, first {few} steps",
         f"training loss, last {few} steps",
         "tokens/s, forward and backward",
+        "  without share_inputs",
         f"peak memory ({'GPU' if args.device.type == 'cuda' else 'whole process'})",
         "LoRA layers computed by",
     ]
-    columns = column(plain, speeds[0], "PEFT"), column(fused, speeds[1], backend)
+    columns = (
+        column(plain, speeds.plain, "", "PEFT"),
+        column(fused, speeds.fused, f"{speeds.separate:.0f}", backend),
+    )
     rows = [("", "plain PEFT", "fused"), *zip(labels, *columns, strict=True)]
     lines = [f"{label:<32}{left:>12}{right:>12}" for label, left, right in rows]
     apart = max(abs(a - b) for a, b in zip(plain.losses, fused.losses, strict=True))

@@ -1,5 +1,7 @@
 """What the slices of an x give against the whole of it, for every backend."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,27 @@ from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.philox import keep_mask
 from lora_kernels.testing import Case, Inputs, make_inputs, poisoned_memory, run_backend
 
-K = 136
-
 
 def check_slices(
-    backend: Backend, dtype: torch.dtype, adapter_dtype: torch.dtype, first: int = 1000
+    backend: Backend,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    first: int = 1000,
+    width: int = 136,
 ) -> None:
     """Assert that slices of x have the whole x's results, bit for bit, and thus its mask.
 
     W is zero, A and B the identity: y and P are then the sums of the slices', of which one alone is
     not zero, and dx and da theirs side by side. Of small integers every sum is exact. The whole x
-    is one of columns from `first` on.
+    is `width` columns from `first` on.
     """
-    case = Case(70, K, K, K, dtype, adapter_dtype, dropout_p=0.4, scaling=0.6, first_column=first)
-    drawn, eye = make_inputs(case), torch.eye(K, dtype=adapter_dtype)
+    case = Case(
+        70, width, width, width, dtype, adapter_dtype, dropout_p=0.4, scaling=0.6,
+        first_column=first,
+    )  # fmt: skip
+    drawn, eye = make_inputs(case), torch.eye(width, dtype=adapter_dtype)
     x, dy = ((2 * t).round() for t in (drawn.x, drawn.dy))
-    weight = torch.zeros(K, K, dtype=dtype)
+    weight = torch.zeros(width, width, dtype=dtype)
     whole = drawn._replace(x=x, weight=weight, lora_a=eye, lora_b=eye, dy=dy)
 
     def results(start: int, end: int) -> dict[str, Tensor]:
@@ -32,9 +39,10 @@ def check_slices(
             inputs: Inputs = whole._replace(x=x, weight=weight, lora_a=lora_a)
             return run_backend(backend, part, inputs)._asdict()
 
-    right, parts = results(0, K), [results(0, 24), results(24, 96), results(96, K)]
+    cuts = (0, 24, width - 40, width)
+    right, parts = results(0, width), [results(*ends) for ends in itertools.pairwise(cuts)]
     assert whole.seed is not None
-    mask = keep_mask(whole.seed, case.dropout_p, range(case.m), range(first, first + K))
+    mask = keep_mask(whole.seed, case.dropout_p, range(case.m), range(first, first + width))
     assert torch.equal(right["p"] != 0, mask & (whole.x != 0))
     for name in right:
         found = [part[name] for part in parts]

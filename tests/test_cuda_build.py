@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cuda_builds import SUFFIX, compiled
+from cuda_builds import compiled
+
+from bench.builds import SUFFIX
 
 KERNELS = tuple(
     (direction, element, adapter)

@@ -3,6 +3,7 @@
 In `make test` a choice of cases and schedules; `make test-ptx` tries them all.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,7 +81,8 @@ def study_faults(
 ) -> dict[str, list[bool]]:
     """Return, for each of `faults`, in which of the places where it was planted a case noticed it.
 
-    A fault is planted where one of the cases comes by, and those that do are tried.
+    A fault is planted where one of the cases comes by, and those that do are tried; several times,
+    if it is of a kind that no place may hide.
     """
     kernel, covered = None, []
     for case in cases:
@@ -92,10 +94,11 @@ def study_faults(
         covered.append((case, run.executed()))
     assert kernel is not None
 
-    def attempts(faulty: Kernel) -> Iterator[Callable[[], None]]:
+    def attempts(faulty: Kernel, seeds: int) -> Iterator[Callable[[], None]]:
         sites = {i for i, s in enumerate(faulty.statements) if s is not kernel.statements[i]}
-        for case in (case for case, executed in covered if sites & executed):
-            for seed in range(4):
+        # What one case cannot notice another may: all have their turn before the next schedule.
+        for seed in range(seeds):
+            for case in (case for case, executed in covered if sites & executed):
                 machine = Machine(
                     seed=seed,
                     multiprocessors=(6, 2, 8, 4)[seed],
@@ -106,9 +109,11 @@ def study_faults(
 
     noticed: dict[str, list[bool]] = {}
     executed = set().union(*(executed for _, executed in covered))
-    for planted in study(kernel, executed, attempts, faults, 6 if SWEEP else 2):
-        noticed.setdefault(planted.fault.name, []).append(bool(planted.noticed))
-        print(planted)
+    for fault in faults:
+        tries = functools.partial(attempts, seeds=4 if SWEEP or fault.name in ANYWHERE else 1)
+        for planted in study(kernel, executed, tries, [fault], 6 if SWEEP else 2):
+            noticed.setdefault(fault.name, []).append(bool(planted.noticed))
+            print(planted)
     return noticed
 
 
@@ -200,9 +205,9 @@ FAULTY = {
     "backward": (
         Case(280, 344, 344, 136, bf16),
         Case(280, 344, 344, 24, bf16, dropout_p=0.25),
-        Case(2200, 264, 264, 8, bf16),
         Case(280, 344, 600, 24, bf16, onto=True),
         Case(280, 72, 600, 8, bf16, dropout_p=0.25, onto=True),
+        Case(2200, 264, 264, 8, bf16),
     ),
 }
 

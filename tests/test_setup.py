@@ -9,7 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from cuda_builds import ROOT, SUFFIX, compiled
+from cuda_builds import compiled
+
+from bench.builds import ROOT, SUFFIX
 
 # Two sources that share one header, one of them with a header of its own.
 SMALL = {

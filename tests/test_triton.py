@@ -41,7 +41,12 @@ def python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize(
-    "part", ["small_blocks", "of_the_tables", "not small_blocks and not of_the_tables"]
+    "part",
+    [
+        pytest.param("small_blocks", id="cases"),
+        pytest.param("mutant", id="mutants"),
+        pytest.param("not small_blocks and not mutant", id="rest"),
+    ],
 )
 def test_the_kernels_are_right_in_the_interpreter(part: str) -> None:
     done = python(

@@ -75,7 +75,7 @@ def case_id(case: Case) -> str:
     )
 
 
-@pytest.mark.parametrize("case", CASES[1::3], ids=case_id)
+@pytest.mark.parametrize("case", CASES[1::9], ids=case_id)
 def test_the_blocks_that_pick_chooses(case: Case) -> None:
     check_backend(backend.BACKEND, case)
 
@@ -138,8 +138,7 @@ def test_fp32_adapters_get_fp32_gradients_beside_bf16() -> None:
         assert (got - right).abs().max() <= 2e-5 * right.abs().max()  # bf16 alone: 4e-3
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9999])
-@pytest.mark.parametrize("seed", [0, 2**40 + 3, 2**63 - 1])
+@pytest.mark.parametrize(("p", "seed"), [(0.1, 0), (0.5, 2**40 + 3), (0.9999, 2**63 - 1)])
 def test_the_mask_is_the_references_bit_for_bit(p: float, seed: int) -> None:
     m, k = 37, 70
     key, ones = torch.tensor([seed]), torch.ones(m, k)
@@ -178,10 +177,15 @@ def test_a_flag_that_says_otherwise_is_noticed(
         check_backend(backend.BACKEND, Case(67, 131, 89, 5, onto=onto))
 
 
-@pytest.mark.parametrize("first", [0, 1000, 2**31 - 512])
-def test_slices_of_x_have_their_part_of_its_mask(first: int, described: None) -> None:
-    check_slices(backend.BACKEND, torch.float32, torch.float32, first)
-    check_slices(backend.BACKEND, torch.bfloat16, torch.float32, first)
+@pytest.mark.parametrize(
+    ("dtype", "first"),
+    [(torch.bfloat16, 0), (torch.float32, 1000), (torch.bfloat16, 2**31 - 512)],
+    ids=str,
+)
+def test_slices_of_x_have_their_part_of_its_mask(
+    dtype: torch.dtype, first: int, described: None
+) -> None:
+    check_slices(backend.BACKEND, dtype, torch.float32, first, width=72)
 
 
 @triton.jit
@@ -198,7 +202,7 @@ def test_a_seed_in_device_memory_gives_the_same_key() -> None:
         assert out.tolist() == [seed & LOW, seed >> 32]
 
 
-@pytest.mark.parametrize("case", FROZEN_CASES[::5], ids=str)
+@pytest.mark.parametrize("case", FROZEN_CASES[::13], ids=str)
 def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(case: Case, small: None) -> None:
     check_frozen(backend.BACKEND, case._replace(m=33, n=40, k=34))
 

@@ -14,25 +14,17 @@ All between the public function and the driver is the real code.
 """
 
 import ctypes
-import fcntl
-import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-import sysconfig
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from bench import builds
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-BUILD = ROOT / "build"
 LAUNCHES, PARAMETER_BYTES = 64, 4096  # as in record.h
 
 
@@ -88,59 +80,32 @@ def why_not() -> str | None:
     return None
 
 
-def build(name: str, sources: Iterable[Path], make: Callable[[Path], None]) -> Path:
-    """Return a folder under build/ that `make` has filled, once for what the sources contain."""
-    digest = hashlib.sha256(sys.version.encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    folder = BUILD / f"{name}-{digest.hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            make(folder)
-            (folder / "done").touch()
-    return folder
-
-
 def _driver(include: Path) -> Path:
     """Return the folder with the driver library, compiled against the cuda.h in `include`."""
     flags = ("-O2", "-std=gnu11", "-Wall", "-Werror", "-shared", "-fPIC")
 
     def make(folder: Path) -> None:
         output = ("-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1"))
-        _run("gcc", *flags, f"-I{include}", str(HERE / "libcuda.c"), *output)
+        builds.run("gcc", *flags, f"-I{include}", str(HERE / "libcuda.c"), *output)
 
-    return build("stub-driver", (*HERE.glob("*.[ch]"), include / "cuda.h"), make)
+    return builds.build("stub-driver", (*HERE.glob("*.[ch]"), include / "cuda.h"), make)
 
 
 def _extension(driver: Path) -> Path:
     """Return lora_kernels._C with the host code of csrc/ on a stub runtime, linked to `driver`."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    sources = (ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*")), *HERE.glob("*.[ch]"))
+    source = HERE / "libcudart.c"
 
     def make(folder: Path) -> None:
-        objects = folder / "objects"
-        command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder))
-        _run(*command, "--build-temp", str(objects))
         runtime = str(folder / "libcudart.o")
         flags = ("-O2", "-Xcompiler=-fPIC,-std=gnu11,-Wall,-Werror")
-        _run("nvcc", *flags, "-c", str(HERE / "libcudart.c"), "-o", runtime)
-        compiled = [str(path) for path in objects.rglob("*.o")]
-        if not compiled:
-            raise RuntimeError("setup.py compiled nothing; it says why without -q")
-        linked = (*compiled, runtime, f"-L{driver}", "-l:libcuda.so.1")
-        _run("nvcc", "-shared", "--cudart=none", *linked, "-o", str(folder / f"_C{suffix}"))
+        builds.run("nvcc", *flags, "-c", str(source), "-o", runtime)
+        objects = (builds.extension() / "objects").rglob("*.o")
+        linked = (*map(str, objects), runtime, f"-L{driver}", "-l:libcuda.so.1")
+        library = str(folder / f"_C{builds.SUFFIX}")
+        builds.run("nvcc", "-shared", "--cudart=none", *linked, "-o", library)
 
-    return build("stub-extension", sources, make) / f"_C{suffix}"
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} failed: {done.stdout}")
+    made = builds.build("stub-extension", (*builds.sources(), *HERE.glob("*.[ch]")), make)
+    return made / f"_C{builds.SUFFIX}"
 
 
 class Gpu:
@@ -159,15 +124,11 @@ class Gpu:
             return "nvcc was not found"
         from lora_kernels import extension
 
-        path = str(_extension(self.folder))
-        loader = importlib.machinery.ExtensionFileLoader("lora_kernels._C", path)
-        spec = importlib.util.spec_from_loader("lora_kernels._C", loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
+        path = _extension(self.folder)
+        module = builds.load("lora_kernels._C", path)
         extension.load, extension.why_absent = lambda: module, lambda: None
         # A host object does not tell the size of its kernels' one parameter, a struct by value.
-        self.struct_bytes = ctypes.c_uint32.in_dll(ctypes.CDLL(path), "stub_struct_bytes")
+        self.struct_bytes = ctypes.c_uint32.in_dll(ctypes.CDLL(str(path)), "stub_struct_bytes")
         return None
 
     @property

@@ -8,17 +8,19 @@ import ast
 import contextlib
 import ctypes
 import functools
-import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cuda_builds
 import pytest
+from cuda_builds import compiled
 from torch import Tensor
 
+from bench import builds
 from lora_kernels import extension
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear import cuda
@@ -43,7 +45,7 @@ def kernels() -> dict[str, Kernel]:
 def mutant(folder: Path, unit: str, file: str, old: str, new: str) -> Kernel:
     """Return the kernel of lora_linear/`unit`.cu with `old` replaced by `new` in a source of it."""
     kernels()  # or skip, where nvcc is not
-    shutil.copytree(cuda_builds.CSRC, folder / "csrc")
+    shutil.copytree(builds.CSRC, folder / "csrc")
     source = folder / "csrc" / file
     text = source.read_text()
     assert old in text, f"{file} has changed: {old!r}"
@@ -130,41 +132,41 @@ def _noting_addresses(memory: Memory) -> Iterator[None]:
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, ModuleType]:
-    folder = _folder()
-    module = cuda_builds._load(folder)
-    return ctypes.CDLL(str(folder / f"_C{cuda_builds.SUFFIX}")), module
+    path = _folder() / f"_C{builds.SUFFIX}"
+    # pybind11 would take a second module of one name for the first.
+    return ctypes.CDLL(str(path)), builds.load(f"{path.parent.name}._C", path)
 
 
 def _folder() -> Path:
     """Return the folder with the backend's _C, linked without a GPU, and the PTX."""
-    objects = cuda_builds.compiled() / "objects"
+    objects = compiled() / "objects"
 
     def build(folder: Path) -> None:
         nvcc = shutil.which("nvcc")
         assert nvcc is not None
         runtime = folder / "cuda_runtime.o"
         source = str(HOST / "cuda_runtime.cpp")
-        cuda_builds._run([nvcc, "-std=c++20", "-Xcompiler=-fPIC", "-c", source, "-o", str(runtime)])
+        builds.run(nvcc, "-std=c++20", "-Xcompiler=-fPIC", "-c", source, "-o", str(runtime))
         made = [str(path) for path in (*sorted(objects.rglob("*.o")), runtime)]
-        library = str(folder / f"_C{cuda_builds.SUFFIX}")
-        cuda_builds._run(["g++", "-shared", "-Wl,-Bsymbolic", *made, "-o", library])
-        for path in sorted(cuda_builds.CSRC.glob("lora_linear/*.cu")):
-            _compile(path, folder / f"{path.stem}.ptx")
+        library = str(folder / f"_C{builds.SUFFIX}")
+        builds.run("g++", "-shared", "-Wl,-Bsymbolic", *made, "-o", library)
+        kernels = sorted(builds.CSRC.glob("lora_linear/*.cu"))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_compile, kernels, (folder / f"{path.stem}.ptx" for path in kernels)))
 
-    own = hashlib.sha256(Path(__file__).read_bytes())
-    own.update((HOST / "cuda_runtime.cpp").read_bytes())
-    return cuda_builds._built(f"ptx-{own.hexdigest()[:12]}", build)
+    sources = (*builds.sources(), Path(__file__), HOST / "cuda_runtime.cpp")
+    return builds.build("ptx", sources, build)
 
 
 def _compile(source: Path, target: Path) -> None:
     nvcc = shutil.which("nvcc")
     assert nvcc is not None
-    cuda_builds._run([nvcc, "-ptx", *_flags(), str(source), "-o", str(target)])
+    builds.run(nvcc, "-ptx", *_flags(), str(source), "-o", str(target))
 
 
 def _flags() -> list[str]:
     """Return the flags of setup.py that decide what the PTX is."""
-    tree = ast.parse((cuda_builds.ROOT / "setup.py").read_text())
+    tree = ast.parse((builds.ROOT / "setup.py").read_text())
     (flags,) = (
         ast.literal_eval(node.value)
         for node in tree.body

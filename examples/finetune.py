@@ -240,7 +240,7 @@ def table(plain: Run, fused: Run, speeds: Speeds, backend: str, args: argparse.N
         f"training loss, first {few} steps",
         f"training loss, last {few} steps",
         "tokens/s, forward and backward",
-        "  without share_inputs",
+        "  with share_inputs=False",
         f"peak memory ({'GPU' if args.device.type == 'cuda' else 'whole process'})",
         "LoRA layers computed by",
     ]

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torchrun import torchrun
 
+from lora_kernels.ops.lora_linear import shared_dx
 from lora_kernels.qualify import __main__ as qualification
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
+
+from lora_kernels import peft
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "".join(f"The number {i} is followed by the number {i + 1}. " for i in range(400))
@@ -218,6 +221,32 @@ def test_finetune_lets_a_gpu_vouch_for_its_kernels_first(monkeypatch):
     assert command[1:3] == ["-m", "lora_kernels.qualify"]
     assert command[3:] == options
     qualification._options(qualification._parser().parse_args(command[3:]))
+
+
+def test_finetune_times_a_shared_dx_and_separate_ones(
+    run, model_folder, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shared_dx, "FEW_BYTES", 1)
+    asked, summed = [], set()
+    fuse, add = peft.fuse, shared_dx.add
+
+    def noted_fuse(model, **options):
+        asked.append(options)
+        return fuse(model, **options)
+
+    def noted_add(*arguments):
+        summed.add(len(asked))
+        return add(*arguments)
+
+    monkeypatch.setattr(peft, "fuse", noted_fuse)
+    monkeypatch.setattr(shared_dx, "add", noted_add)
+    arguments = ("--model", model_folder, "--text", text_file, "--out", tmp_path, *SMALL)
+    status, stdout, stderr = run("finetune", *arguments)
+    assert status == 0, stderr
+    assert asked[1:] == [{"share_inputs": False}, {}] * (len(asked) // 2)
+    assert summed == {n for n, options in enumerate(asked, 1) if not options}
+    (tokens,) = numbers(stdout, "with share_inputs=False")
+    assert tokens > 0
 
 
 def test_finetune_with_dropout_says_that_the_runs_differ(run, model_folder, text_file, tmp_path):

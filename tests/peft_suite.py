@@ -72,6 +72,8 @@ def run(checkout: str, arguments: list[str], **variables: str) -> dict[str, ET.E
             stdout=sys.stderr,
             check=False,
         )
+        if not results.exists():
+            sys.exit("pytest left no results; why stands above")
         cases = ET.parse(results).iter("testcase")
         return {f"{case.get('classname')}::{case.get('name')}": case for case in cases}
 

@@ -1,7 +1,8 @@
 """Whether a layer may save the caller's x for its backward pass, or has to save a copy.
 
-With dropout or wider adapters PEFT saves what it made of x, so a caller may write to x in place
-before the backward pass: `h += layer(h)`. Saving x itself costs no memory, but then that raises.
+With dropout or wider adapters, or where x has no rows without a copy (a transposed [B, L, K]), PEFT
+saves what it made of x, so a caller may write to x in place before the backward pass: `h +=
+layer(h)`. Saving x itself costs no memory, but then that raises.
 Which of the two a caller does is seen in the first backward pass: until then, and for ever where x
 was written to, a layer works on a copy; the others save x itself from their second step on. A write
 that begins later raises autograd's error, or is not seen where it goes past the version (x.data).
@@ -28,7 +29,7 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
     made: whether PEFT saves what it makes of an x of lora_a's dtype, too.
     """
     return (
-        (made or lora_a.dtype != x.dtype)
+        (made or lora_a.dtype != x.dtype or not _has_rows(x))
         and lora_a.requires_grad
         and torch.is_grad_enabled()
         and type(x) in PLAIN_TYPES
@@ -36,6 +37,14 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
         and composition.surrounds() is None  # what PyTorch's own operators save is as PEFT's
         and (layer.__dict__.get(WRITTEN) is not False or _in_backward())
     )
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Return whether x[..., K] can be viewed as [M, K]; else a product reads a copy of it."""
+    if x.dim() < 3 or x.is_contiguous():
+        return True
+    strides, sizes = x.stride(), x.shape
+    return all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(x.dim() - 2))
 
 
 def _in_backward() -> bool:
@@ -46,7 +55,7 @@ def _clone(x: Tensor) -> Tensor:
     # Unseen by dispatch modes: a selective checkpoint expects of its second forward the operators
     # of the first, which need not have copied.
     with torch._C._DisableTorchDispatch():
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)  # which has rows
 
 
 def on_a_copy(

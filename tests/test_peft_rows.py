@@ -1,5 +1,6 @@
 """Adapters for some rows alone, `adapter_names` and aLoRA, against PEFT."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -305,3 +306,42 @@ def test_compiles_without_a_graph_break(case: str) -> None:
     x = x_for(plain, 6, T, K)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, **arguments), layer(x, **arguments))
+
+
+@pytest.mark.parametrize("case", ["adapter_names", "aLoRA"])
+def test_rows_that_are_composed_may_be_written_to(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows that an adapter acts on PEFT keeps copies, be it all of them."""
+    monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", 64)
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Identity(), nn.Linear(K, K)
+
+        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+            h = x * 1.5
+            h += self.down(h)
+            return h.sin()
+
+    options, arguments = {}, {"adapter_names": ["default"] * 6}
+    if case == "aLoRA":
+        options, arguments = ALORA, {"alora_offsets": [T] * 6}
+    plain = peft_model(Writes(), dtype=fp64, target_modules=["down"], **options)
+    plain.train(case == "aLoRA")  # in training PEFT takes no adapter_names
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    x = torch.randn(6, T, K, dtype=fp64, generator=torch.Generator().manual_seed(0))
+    got, expected = ([], [])
+    for model, gradients in ((fused, got), (plain, expected)):
+        for hooks in (torch.autograd.graph.save_on_cpu, contextlib.nullcontext):
+            model.zero_grad()
+            with hooks():
+                y = model(x, **arguments)
+            y.square().sum().backward()
+            gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert report.calls().fused == 2
+    assert len(got) == 4
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -224,6 +224,56 @@ def test_a_checkpoint_bears_what_another_call_of_the_layer_does_not_show(
         assert torch.equal(got, expected)
 
 
+VIEWS = {  # of h[8, 6, K], in which no [M, K] lies
+    "transposed": lambda h: h.transpose(0, 1),
+    "sliced": lambda h: h[:, :5],
+    "4-D": lambda h: h.view(2, 4, 6, -1).permute(2, 0, 1, 3),
+}
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpoint", "reentrant"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("of", ["fused", "LoRALinear"])
+def test_an_x_of_which_products_read_a_copy_may_be_written_to(
+    of: str, view: str, reentrant: bool | None
+) -> None:
+    """There PEFT keeps the copy."""
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Identity(), nn.Linear(K, K)
+
+        def forward(self, x: Tensor, write: bool = True) -> Tensor:
+            h = VIEWS[view](x * 1.5)
+            y = self.down(h)
+            return (h.add_(y) if write else h + y).sin()
+
+    model = peft_model(Writes(), dtype=fp64, target_modules=["down"])
+    if of == "fused":
+        assert fuse(model).fused
+    else:
+        inner = model.base_model.model
+        inner.down = LoRALinear.from_linear(inner.down.base_layer, r=2, init_lora_weights=False)
+
+    def gradients(write: bool) -> list[Tensor]:
+        x = torch.randn(8, 6, K, dtype=fp64, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        arguments = (x, write)
+        if reentrant is None:
+            y = model(*arguments)
+        else:
+            y = torch.utils.checkpoint.checkpoint(model, *arguments, use_reentrant=reentrant)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        y.square().sum().backward()
+        return [x.grad, *(p.grad for p in trained)]
+
+    for _ in range(2):
+        for got, expected in zip(gradients(write=True), gradients(write=False), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_an_inference_tensor_may_be_trained_on_where_x_is_copied() -> None:
     layer = LoRALinear(K, H, r=2, lora_dropout=0.5)
     with torch.inference_mode():

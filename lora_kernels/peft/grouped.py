@@ -59,25 +59,38 @@ class _GroupedLoRA(torch.autograd.Function):
         factor, power = _split(ctx.scaling)
         if torch.is_grad_enabled() and need_db:  # create_graph=True: of P, x and A are to be known
             if need_da:
-                p = F.grouped_mm(x, _stack_a(lora_a, weight).transpose(1, 2), offs=ends)
+                p = _product(x, _stack_a(lora_a, weight).transpose(1, 2), ends)
             elif need_dx:
                 raise RuntimeError("experts: double backward beside a frozen A is not supported")
         dy = dy.contiguous()
         dx = da = db = None
         if need_dx or need_da:
-            q = F.grouped_mm(dy, _stack_b(lora_b, weight, factor).transpose(1, 2), offs=ends)
-            if composition.surrounds(dy):  # a batch has lost the strides that products ask for
-                q = F.pad(q, (0, -q.shape[1] % 8))[:, : q.shape[1]]
+            q = _product(dy, _stack_b(lora_b, weight, factor).transpose(1, 2), ends)
+            if composition.surrounds(dy):  # a batch has lost the strides
+                q = _with_strides(q)
         if need_dx:
-            dx = F.grouped_mm(dy, weight.transpose(1, 2), offs=ends)
-            dx.add_(F.grouped_mm(q, _stack_a(lora_a, weight), offs=ends), alpha=power)
+            dx = _product(dy, weight.transpose(1, 2), ends)
+            dx.add_(_product(q, _stack_a(lora_a, weight), ends), alpha=power)
         if need_da:
-            stack = F.grouped_mm(q.t(), x, offs=ends)  # [E,R,K]
+            stack = _product(q.t(), x, ends)  # [E,R,K]
             da = stack.to(lora_a.dtype).mul_(power).view_as(lora_a)
         if need_db:
-            stack = F.grouped_mm(p.t(), dy, offs=ends)  # [E,R,N]
+            stack = _product(p.t(), dy, ends)  # [E,R,N]
             db = stack.permute(2, 1, 0).reshape(lora_b.shape).to(lora_b.dtype).mul_(ctx.scaling)
         return dx, None, da, db, None, None
+
+
+def _product(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    y = F.grouped_mm(rows, stack, offs=ends)
+    if y.requires_grad:  # of a second derivative anything may arrive
+        y.register_hook(_with_strides)
+    return y
+
+
+def _with_strides(t: Tensor) -> Tensor:
+    """Return what grouped products ask for: rows that begin at multiples of 16 bytes."""
+    columns = t.shape[-1]
+    return F.pad(t.contiguous(), (0, -columns % 8))[..., :columns]
 
 
 def _split(scaling: float) -> tuple[float, float]:

@@ -85,11 +85,18 @@ class Fused(ExactMerge):
         calls.note(self, calls.FUSED)
         lora_a, lora_b, scaling, dropout_p, *_ = found.adapter
         weight, bias, *_ = found.frozen
-        if _is_plain(found) and is_small(x, weight.shape[0], dropout_p):
-            return compose(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
         layer: Any = self
+        if _is_plain(found) and is_small(x, weight.shape[0], dropout_p):
+            composed = functools.partial(
+                compose, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling,
+                dropout_p=dropout_p,
+            )  # fmt: skip
+            # Of the rows of some adapters PEFT saves copies.
+            if kwargs and needs_a_copy(layer, x, lora_a, made=True):
+                return on_a_copy(layer, x, composed)
+            return composed(x)
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
-        # saved. Of the rows of some adapters PEFT saves copies.
+        # saved.
         made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
         copy = not made and needs_a_copy(layer, x, lora_a, dropout_p > 0 or bool(kwargs))
         shared = None

@@ -65,7 +65,8 @@ def stand_in(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor | None
     """Return what every layer reads in place of x[..., K], in `dtype`, or None for x itself.
 
     The same for all calls in a row with the same x, unless x was written to in between; with
-    `copy` it is none of x's memory. It is kept for as long as x lives.
+    `copy` it is none of x's memory. It is kept for as long as x lives. A write past x's version
+    (x.data, NumPy) is not seen where x is copied or converted.
     """
     if (
         x.is_leaf  # needs no gradient; or nothing is above x, and keeping its node would keep x
@@ -75,7 +76,8 @@ def stand_in(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor | None
     ):
         return None
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
-    key = x._version, dtype, stream
+    # What was put in x's place by `x.data = ...` has its version, too.
+    key = x._version, x.data_ptr(), x.shape, x.stride(), dtype, stream
     latest = _thread.latest
     if latest.x() is x and latest.key == key:
         return latest.stand_in if latest.copied or not copy else None

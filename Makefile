@@ -24,6 +24,7 @@ demo: $(READY)  ## Fine-tune a real language model, plain PEFT against fused (TE
 initialisation: $(READY)  ## Show on the same model why A starts random and B at zero.
 	$(RUN) examples/initialisation.py
 
+# Under Triton 3.6 without "mutants" (test_triton.py): they judge the cases, not Triton.
 test: $(READY) $(TRITON36)  ## Run every test this machine can run.
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 	PYTHONPATH=$(TRITON36) $(RUN) -m pytest -q -n 2 --dist worksteal -k "not mutants" \

@@ -20,11 +20,11 @@ CSRC = ROOT / "csrc"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
-def build(name: str, sources: Iterable[Path], make: Callable[[Path], None]) -> Path:
-    """Return a folder under build/ that `make` has filled, once for what the sources contain."""
+def build(name: str, inputs: Iterable[Path], make: Callable[[Path], None]) -> Path:
+    """Return a folder under build/ that `make` has filled, once for what the inputs contain."""
     digest = hashlib.sha256(sys.version.encode())
-    for source in sources:
-        digest.update(source.read_bytes())
+    for path in inputs:
+        digest.update(path.read_bytes())
     folder = ROOT / "build" / f"{name}-{digest.hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -36,8 +36,8 @@ def build(name: str, sources: Iterable[Path], make: Callable[[Path], None]) -> P
 
 
 def sources() -> list[Path]:
-    """Return what the extension is made of."""
-    return [ROOT / "setup.py", *sorted(CSRC.rglob("*.*"))]
+    """Return what the extension is made of, and by."""
+    return [Path(__file__), ROOT / "setup.py", *sorted(CSRC.rglob("*.*"))]
 
 
 def extension() -> Path:
@@ -51,6 +51,8 @@ def extension() -> Path:
         objects = ("--build-temp", str(folder / "objects"))
         log = run(*command, *objects, environment={**os.environ, "LORA_KERNELS_CUDA": "1"})
         (folder / "log.txt").write_text(log)
+        if not any((folder / "lora_kernels").glob("_C*")):
+            raise RuntimeError(f"setup.py built no lora_kernels._C: {log}")
 
     return build("sm90a", sources(), make)
 

@@ -48,7 +48,7 @@ def _one_line(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """The options both examples have; an error is one line."""
 
-    def __init__(self, description: str, steps: int, out: str) -> None:
+    def __init__(self, description: str, steps: int, length: int, out: str) -> None:
         super().__init__(
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         add("--targets", default="all-linear", help="layers to adapt, such as q_proj,v_proj")
         add("--steps", type=_POSITIVE_INT, default=steps, help="training steps of each run")
         add("--batch", type=_POSITIVE_INT, default=4, help="sequences in a step, of all processes")
-        add("--length", type=_AT_LEAST_2, default=128, help="tokens in a sequence")
+        add("--length", type=_AT_LEAST_2, default=length, help="tokens in a sequence")
         add("--learning-rate", type=_POSITIVE, default=1e-3, help="of AdamW")
         add("--seed", type=_NOT_NEGATIVE_INT, default=0, help="of the adapters and the batches")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")

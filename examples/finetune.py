@@ -38,13 +38,14 @@ class Speeds(NamedTuple):
     """Tokens per second, forward and backward."""
 
     plain: float
-    fused: float
     separate: float  # fused, with a dx for each layer
+    fused: float
 
 
 def main() -> None:
     """Run the comparison."""
-    parser = common.Parser(__doc__, steps=30, out="runs/finetune")
+    # So long that the demo's layers share their dx (shared_dx.FEW_BYTES).
+    parser = common.Parser(__doc__, steps=30, length=128, out="runs/finetune")
     parser.add_argument(
         "--dropout",
         type=common.PROBABILITY,
@@ -177,7 +178,7 @@ def compare_speed(
 ) -> tuple[Speeds, dict[str, dict[str, int]]]:
     """Return the tokens/s of forward and backward, and the calls of a fused one.
 
-    Plain, fused, and fused with a dx for each layer, not one for those that read one x. They take
+    Plain, fused with a dx for each layer, and fused with one for all that read one x. They take
     turns, so that all meet the same state of the machine, after one turn that does not count; each
     time is the median. `model` is left fused.
     """
@@ -197,8 +198,8 @@ def compare_speed(
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
             model.zero_grad()
-    plain, separate, fused = (tokens.numel() / median(times[1:]) for times in seconds.values())
-    return Speeds(plain, fused, separate), report.calls()
+    speeds = Speeds(*(tokens.numel() / median(times[1:]) for times in seconds.values()))
+    return speeds, report.calls()
 
 
 def backends(model: nn.Module, calls: dict[str, dict[str, int]], tokens: Tensor) -> str:

@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     """Run the four combinations."""
-    parser = common.Parser(__doc__, steps=12, out="runs/initialisation")
+    parser = common.Parser(__doc__, steps=12, length=64, out="runs/initialisation")
     args = parser.parse()
     if parallel.SIZE > 1:
         common.fail("this example runs in one process", status=2)

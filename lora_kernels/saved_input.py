@@ -12,6 +12,7 @@ call of the layer may have been looked at and another not, and of what that forw
 compares no version: a write would not raise, it would make gradients wrong.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -29,11 +30,11 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
     made: whether PEFT saves what it makes of an x of lora_a's dtype, too.
     """
     return (
-        (made or lora_a.dtype != x.dtype or not _has_rows(x))
+        not torch.compiler.is_compiling()  # a graph without writes is what gets compiled
+        and (made or lora_a.dtype != x.dtype or not _has_rows(x))
         and lora_a.requires_grad
         and torch.is_grad_enabled()
         and type(x) in PLAIN_TYPES
-        and not torch.compiler.is_compiling()  # a graph without writes is what gets compiled
         and composition.surrounds() is None  # what PyTorch's own operators save is as PEFT's
         and (layer.__dict__.get(WRITTEN) is not False or _in_backward())
     )
@@ -41,10 +42,11 @@ def needs_a_copy(layer: nn.Module, x: Tensor, lora_a: Tensor, made: bool) -> boo
 
 def _has_rows(x: Tensor) -> bool:
     """Return whether x[..., K] can be viewed as [M, K]; else a product reads a copy of it."""
-    if x.dim() < 3 or x.is_contiguous():
+    if x.dim() < 3 or x.is_nested or x.layout is not torch.strided or x.is_contiguous():
         return True
-    strides, sizes = x.stride(), x.shape
-    return all(strides[i] == sizes[i + 1] * strides[i + 1] for i in range(x.dim() - 2))
+    axes = zip(x.shape[:-1], x.stride(), strict=False)
+    rows = [(size, stride) for size, stride in axes if size != 1]
+    return all(outer == size * stride for (_, outer), (size, stride) in itertools.pairwise(rows))
 
 
 def _in_backward() -> bool:

@@ -204,18 +204,15 @@ def test_second_derivatives() -> None:
 
 @pytest.mark.parametrize("trained", ["lora_", "lora_A"])
 @pytest.mark.parametrize("rank", [1, 2, 5, 8])
-def test_second_derivatives_by_each_factor(rank: int, trained: str) -> None:
-    """What arrives there has strides that grouped products refuse."""
+def test_second_derivatives_by_both_factors_and_by_a(rank: int, trained: str) -> None:
+    """The gradients that arrive at grouped products have strides which those refuse."""
     models = pair(r=rank)
     x, index, weights = (t.float() if t.is_floating_point() else t for t in routed())
     results = []
     for model in models:
-        factors = [
+        for name, p in model.named_parameters():
             p.requires_grad_(trained in name)
-            for name, p in model.named_parameters()
-            if "lora_" in name
-        ]
-        factors = [p for p in factors if p.requires_grad]
+        factors = [p for p in model.parameters() if p.requires_grad]
         y = model(x, index, weights).square().sum()
         made = torch.autograd.grad(y, factors, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in made), factors))

@@ -27,6 +27,7 @@ from peft_models import (
 from peft_models import one_thread as one_thread
 
 from lora_kernels.peft import by_row, fuse, why_not
+from lora_kernels.peft.small import compose
 from lora_kernels.testing import assert_accurate
 
 ALORA = {"alora_invocation_tokens": [3, 4]}
@@ -333,15 +334,20 @@ def test_rows_that_are_composed_may_be_written_to(
     fused = copy.deepcopy(plain)
     report = fuse(fused)
     x = torch.randn(6, T, K, dtype=fp64, generator=torch.Generator().manual_seed(0))
+    composed = []
+    monkeypatch.setattr(
+        "lora_kernels.peft.layer.compose", lambda *a, **k: composed.append(1) or compose(*a, **k)
+    )
     got, expected = ([], [])
     for model, gradients in ((fused, got), (plain, expected)):
+        # Under the first no version is compared: a write would go unnoticed.
         for hooks in (torch.autograd.graph.save_on_cpu, contextlib.nullcontext):
             model.zero_grad()
             with hooks():
                 y = model(x, **arguments)
             y.square().sum().backward()
             gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert report.calls().fused == 2
+    assert report.calls().fused == len(composed) == 2
     assert len(got) == 4
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

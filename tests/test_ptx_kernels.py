@@ -81,8 +81,8 @@ def study_faults(
 ) -> dict[str, list[bool]]:
     """Return, for each of `faults`, in which of the places where it was planted a case noticed it.
 
-    A fault is planted where one of the cases comes by, and those that do are tried; several times,
-    if it is of a kind that no place may hide.
+    A fault is planted where one of the cases comes by, and those that do are tried: under four
+    schedules if the fault is one of ANYWHERE or in a sweep, else under one.
     """
     kernel, covered = None, []
     for case in cases:
@@ -207,7 +207,7 @@ FAULTY = {
         Case(280, 344, 344, 24, bf16, dropout_p=0.25),
         Case(280, 344, 600, 24, bf16, onto=True),
         Case(280, 72, 600, 8, bf16, dropout_p=0.25, onto=True),
-        Case(2200, 264, 264, 8, bf16),
+        Case(2200, 264, 264, 8, bf16),  # takes longest
     ),
 }
 
@@ -304,7 +304,7 @@ def test_readers_of_one_x_sum_its_gradient_in_triton(
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("case", FROZEN_CASES[:: 1 if SWEEP else 13], ids=str)
+@pytest.mark.parametrize("case", FROZEN_CASES if SWEEP else FROZEN_CASES[3::12], ids=str)
 def test_b_zero_is_the_frozen_layer_in_triton(arch: int, case: Case) -> None:
     config = FP32 if case.dtype == fp32 else SMALL
     check_frozen(on(arch, config)(Machine()), case)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora_kernels import LoRALinear
 from lora_kernels.peft import fuse
-from lora_kernels.saved_input import WRITTEN
+from lora_kernels.saved_input import WRITTEN, _has_rows
 from lora_kernels.testing import assert_accurate
 
 DTYPES = [(fp32, fp32), (bf16, fp32), (bf16, bf16), (fp16, fp32), (fp64, fp64)]
@@ -229,6 +229,19 @@ VIEWS = {  # of h[8, 6, K], in which no [M, K] lies
     "sliced": lambda h: h[:, :5],
     "4-D": lambda h: h.view(2, 4, 6, -1).permute(2, 0, 1, 3),
 }
+
+
+def test_what_has_rows() -> None:
+    """Where `view` makes them: an axis of one element may have any stride."""
+    h = torch.zeros(8, 6, K)
+    shapes = [h, h[:, :1], h[:1], h[..., :2], h[:1].transpose(0, 1), h[:0], h[:, ::2]]
+    for x in shapes:
+        assert x.view(-1, x.shape[-1]).dim() == 2
+        assert _has_rows(x)
+    for view in VIEWS.values():
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            view(h).view(-1, K)
+        assert not _has_rows(view(h))
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpoint", "reentrant"])

@@ -75,7 +75,7 @@ def case_id(case: Case) -> str:
     )
 
 
-@pytest.mark.parametrize("case", CASES[1::9], ids=case_id)
+@pytest.mark.parametrize("case", CASES[2::9], ids=case_id)
 def test_the_blocks_that_pick_chooses(case: Case) -> None:
     check_backend(backend.BACKEND, case)
 
@@ -202,7 +202,7 @@ def test_a_seed_in_device_memory_gives_the_same_key() -> None:
         assert out.tolist() == [seed & LOW, seed >> 32]
 
 
-@pytest.mark.parametrize("case", FROZEN_CASES[::13], ids=str)
+@pytest.mark.parametrize("case", FROZEN_CASES[3::12], ids=str)
 def test_a_zero_b_gives_the_frozen_layer_bit_for_bit(case: Case, small: None) -> None:
     check_frozen(backend.BACKEND, case._replace(m=33, n=40, k=34))
 

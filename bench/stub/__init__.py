@@ -88,7 +88,9 @@ def _driver(include: Path) -> Path:
         output = ("-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1"))
         builds.run("gcc", *flags, f"-I{include}", str(HERE / "libcuda.c"), *output)
 
-    return builds.build("stub-driver", (*HERE.glob("*.[ch]"), include / "cuda.h"), make)
+    return builds.build(
+        "stub-driver", (Path(__file__), *HERE.glob("*.[ch]"), include / "cuda.h"), make
+    )
 
 
 def _extension(driver: Path) -> Path:
@@ -104,8 +106,8 @@ def _extension(driver: Path) -> Path:
         library = str(folder / f"_C{builds.SUFFIX}")
         builds.run("nvcc", "-shared", "--cudart=none", *linked, "-o", library)
 
-    made = builds.build("stub-extension", (*builds.sources(), *HERE.glob("*.[ch]")), make)
-    return made / f"_C{builds.SUFFIX}"
+    inputs = (*builds.sources(), Path(__file__), *HERE.glob("*.[ch]"))
+    return builds.build("stub-extension", inputs, make) / f"_C{builds.SUFFIX}"
 
 
 class Gpu:

@@ -66,7 +66,7 @@ class _GroupedLoRA(torch.autograd.Function):
         dx = da = db = None
         if need_dx or need_da:
             q = _product(dy, _stack_b(lora_b, weight, factor).transpose(1, 2), ends)
-            if composition.surrounds(dy):  # a batch has lost the strides
+            if composition.surrounds(dy):  # a batch has lost the strides q was made with
                 q = _with_strides(q)
         if need_dx:
             dx = _product(dy, weight.transpose(1, 2), ends)

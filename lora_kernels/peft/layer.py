@@ -86,21 +86,18 @@ class Fused(ExactMerge):
         lora_a, lora_b, scaling, dropout_p, *_ = found.adapter
         weight, bias, *_ = found.frozen
         layer: Any = self
+        rows = bool(kwargs)  # of the rows of some adapters PEFT saves copies
         if _is_plain(found) and is_small(x, weight.shape[0], dropout_p):
-            composed = functools.partial(
-                compose, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling,
-                dropout_p=dropout_p,
-            )  # fmt: skip
-            # Of the rows of some adapters PEFT saves copies.
-            if kwargs and needs_a_copy(layer, x, lora_a, made=True):
-                return on_a_copy(layer, x, composed)
-            return composed(x)
+            if rows and needs_a_copy(layer, x, lora_a, made=True):
+                parts = weight, bias, lora_a, lora_b, scaling, dropout_p
+                return on_a_copy(layer, x, lambda x: compose(x, *parts))
+            return compose(x, weight, bias, lora_a, lora_b, scaling, dropout_p)
         # Where x is converted for the call, or DoRA drops from it, it is not the caller's that is
         # saved.
         made = x.dtype != found.dtype or (found.adapter.compute is not None and dropout_p > 0)
-        copy = not made and needs_a_copy(layer, x, lora_a, dropout_p > 0 or bool(kwargs))
+        copy = not made and needs_a_copy(layer, x, lora_a, dropout_p > 0 or rows)
         shared = None
-        if not kwargs and not found.adapter.others:  # else x is read outside the operator, too
+        if not rows and not found.adapter.others:  # else x is read outside the operator, too
             shared = sharing.stand_in(layer, *found[:2], x, found.dtype, copy)
         if copy:
             return on_a_copy(layer, x, functools.partial(_run, layer, found, x.dtype), shared)

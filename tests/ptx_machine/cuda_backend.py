@@ -142,26 +142,22 @@ def _folder() -> Path:
     objects = compiled() / "objects"
 
     def build(folder: Path) -> None:
-        nvcc = shutil.which("nvcc")
-        assert nvcc is not None
         runtime = folder / "cuda_runtime.o"
         source = str(HOST / "cuda_runtime.cpp")
-        builds.run(nvcc, "-std=c++20", "-Xcompiler=-fPIC", "-c", source, "-o", str(runtime))
+        builds.run("nvcc", "-std=c++20", "-Xcompiler=-fPIC", "-c", source, "-o", str(runtime))
         made = [str(path) for path in (*sorted(objects.rglob("*.o")), runtime)]
         library = str(folder / f"_C{builds.SUFFIX}")
         builds.run("g++", "-shared", "-Wl,-Bsymbolic", *made, "-o", library)
-        kernels = sorted(builds.CSRC.glob("lora_linear/*.cu"))
+        units = sorted(builds.CSRC.glob("lora_linear/*.cu"))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_compile, kernels, (folder / f"{path.stem}.ptx" for path in kernels)))
+            list(pool.map(_compile, units, (folder / f"{path.stem}.ptx" for path in units)))
 
     sources = (*builds.sources(), Path(__file__), HOST / "cuda_runtime.cpp")
     return builds.build("ptx", sources, build)
 
 
 def _compile(source: Path, target: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    assert nvcc is not None
-    builds.run(nvcc, "-ptx", *_flags(), str(source), "-o", str(target))
+    builds.run("nvcc", "-ptx", *_flags(), str(source), "-o", str(target))
 
 
 def _flags() -> list[str]:

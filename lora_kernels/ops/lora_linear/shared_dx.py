@@ -66,7 +66,8 @@ def stand_in(x: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor | None
 
     The same for all calls in a row with the same x, unless x was written to in between; with
     `copy` it is none of x's memory. It is kept for as long as x lives. A write past x's version
-    (x.data, NumPy) is not seen where x is copied or converted.
+    (x.data, NumPy) is not seen where x is copied or converted; `x.data = ...` is, unless the new
+    memory is where the old was.
     """
     if (
         x.is_leaf  # needs no gradient; or nothing is above x, and keeping its node would keep x

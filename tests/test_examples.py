@@ -316,7 +316,7 @@ def test_help_names_every_option(run, example):
     [
         (["--text", "absent.txt"], "argument --text: cannot read absent.txt: No such file"),
         (["--text", "EMPTY"], "is empty"),
-        (["--text", "SHORT", "--model", "MODEL"], "tokens; --length 64 needs at least 128"),
+        (["--text", "SHORT", "--model", "MODEL"], "tokens; --length 128 needs at least 256"),
         (["--text", "BINARY"], "is not UTF-8"),
         (["--rank", "0"], "argument --rank: must be a whole number of at least 1, got 0"),
         (["--rank", "two"], "argument --rank: must be a whole number of at least 1, got two"),

@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, quantiles
 from typing import Any, NamedTuple
 
 import common
@@ -35,17 +35,17 @@ class Run(NamedTuple):
 
 
 class Speeds(NamedTuple):
-    """Tokens per second, forward and backward."""
+    """Tokens per second, forward and backward, as they are printed."""
 
-    plain: float
-    separate: float  # fused, with a dx for each layer
-    fused: float
+    plain: str
+    separate: str  # fused, with a dx for each layer
+    fused: str
 
 
 def main() -> None:
     """Run the comparison."""
     # So long that the demo's layers share their dx (shared_dx.FEW_BYTES).
-    parser = common.Parser(__doc__, steps=30, length=128, out="runs/finetune")
+    parser = common.Parser(__doc__, steps=24, length=128, out="runs/finetune")
     parser.add_argument(
         "--dropout",
         type=common.PROBABILITY,
@@ -174,13 +174,14 @@ def watch_peak(device: torch.device) -> Callable[[], float | None]:
 
 
 def compare_speed(
-    model: nn.Module, tokens: Tensor, rounds: int = 5
+    model: nn.Module, tokens: Tensor, rounds: int = 9
 ) -> tuple[Speeds, dict[str, dict[str, int]]]:
     """Return the tokens/s of forward and backward, and the calls of a fused one.
 
     Plain, fused with a dx for each layer, and fused with one for all that read one x. They take
-    turns, so that all meet the same state of the machine, after one turn that does not count; each
-    time is the median. `model` is left fused.
+    turns, each the first as often, so that all meet the same state of the machine, after one turn
+    that does not count; of the times the median is taken, and half the distance of the quartiles.
+    `model` is left fused.
     """
     from lora_kernels import peft
 
@@ -189,17 +190,24 @@ def compare_speed(
     apart = functools.partial(peft.fuse, share_inputs=False)
     seconds: dict[Callable[[nn.Module], Any], list[float]]
     seconds = {peft.unfuse: [], apart: [], peft.fuse: []}
+    turns = list(seconds.items())
     for _ in range(1 + rounds):
-        for switch, times in seconds.items():
-            report = switch(model)
+        for switch, times in turns:
+            switch(model)
             start = time.perf_counter()
             loss = model(input_ids=share, labels=share, use_cache=False).loss
             loss.backward()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - start)
             model.zero_grad()
-    speeds = Speeds(*(tokens.numel() / median(times[1:]) for times in seconds.values()))
-    return speeds, report.calls()
+        turns.append(turns.pop(0))
+    speeds = Speeds(*(_per_second(tokens.numel(), times[1:]) for times in seconds.values()))
+    return speeds, peft.fuse(model).calls()
+
+
+def _per_second(count: int, seconds: list[float]) -> str:
+    low, middle, high = quantiles((count / s for s in seconds), n=4)
+    return f"{middle:.0f} ± {(high - low) / 2:.0f}"
 
 
 def backends(model: nn.Module, calls: dict[str, dict[str, int]], tokens: Tensor) -> str:
@@ -225,11 +233,11 @@ def table(plain: Run, fused: Run, speeds: Speeds, backend: str, args: argparse.N
     """Return the comparison as text."""
     few = min(5, args.steps)
 
-    def column(run: Run, speed: float, separate: str, runs_on: str) -> list[str]:
+    def column(run: Run, speed: str, separate: str, runs_on: str) -> list[str]:
         return [
             *(f"{loss:.4f}" for loss in run.validation),
             *(f"{mean(losses):.4f}" for losses in (run.losses[:few], run.losses[-few:])),
-            f"{speed:.0f}",
+            speed,
             separate,
             "unknown" if run.peak_mib is None else f"{run.peak_mib:.0f} MiB",
             runs_on,
@@ -247,7 +255,7 @@ def table(plain: Run, fused: Run, speeds: Speeds, backend: str, args: argparse.N
     ]
     columns = (
         column(plain, speeds.plain, "", "PEFT"),
-        column(fused, speeds.fused, f"{speeds.separate:.0f}", backend),
+        column(fused, speeds.fused, speeds.separate, backend),
     )
     rows = [("", "plain PEFT", "fused"), *zip(labels, *columns, strict=True)]
     lines = [f"{label:<32}{left:>12}{right:>12}" for label, left, right in rows]

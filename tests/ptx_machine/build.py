@@ -3,11 +3,8 @@
 import fcntl
 import functools
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +13,10 @@ from types import ModuleType
 
 import pybind11
 
+from bench import builds
+
 CORE = Path(__file__).parent / "core"
-BUILD = Path(__file__).parents[2] / "build" / "ptx_machine"
+BUILD = builds.ROOT / "build" / "ptx_machine"
 FLAGS = (
     "-std=c++20",
     "-O2",
@@ -27,7 +26,6 @@ FLAGS = (
     "-Wall",
     "-Wextra",
 )
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def compiler() -> str | None:
@@ -50,17 +48,12 @@ def core() -> ModuleType:
     names = " ".join(sorted(path.name for path in objects.values()))
     folder = BUILD / hashlib.sha256(names.encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"_machine{SUFFIX}"
+    library = folder / f"_machine{builds.SUFFIX}"
     with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(objects, library, flags)
-    loader = importlib.machinery.ExtensionFileLoader("_machine", str(library))
-    spec = importlib.util.spec_from_loader("_machine", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    return builds.load("_machine", library)
 
 
 def _vector_flags() -> tuple[str, ...]:
@@ -80,16 +73,11 @@ def _compile(objects: dict[Path, Path], library: Path, flags: tuple[str, ...]) -
     def compile_one(source: Path) -> None:
         if not objects[source].exists():
             partial = objects[source].with_suffix(".partial")
-            _run([cxx, *flags, *includes, "-c", str(source), "-o", str(partial)])
+            builds.run(cxx, *flags, *includes, "-c", str(source), "-o", str(partial))
             partial.replace(objects[source])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, objects))
     partial = library.with_suffix(".partial")
-    _run([cxx, "-shared", *map(str, objects.values()), "-o", str(partial)])
+    builds.run(cxx, "-shared", *map(str, objects.values()), "-o", str(partial))
     partial.replace(library)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout

@@ -1,9 +1,11 @@
 """Small PEFT models and the two ways to compare them: to the tolerance rule, and to the bit."""
 
 import copy
+import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,6 +202,28 @@ def pair(**options: Any) -> tuple[PeftModel, PeftModel]:
     fused = copy.deepcopy(plain)
     assert len(fuse(fused).fused) == 2
     return fused, plain
+
+
+def contents(file: Path) -> bytes | dict[str, Any]:
+    """A saved file's bytes; a configuration's values, since PEFT writes the modules it adapts from
+    a set, and a copied set may run in another order than its original (PYTHONHASHSEED=6 does)."""
+    if file.name != "adapter_config.json":
+        return file.read_bytes()
+    values: dict[str, Any] = json.loads(file.read_text())
+    if isinstance(values["target_modules"], list):
+        values["target_modules"].sort()
+    return values
+
+
+def assert_saves_as_peft(fused: PeftModel, plain: PeftModel, folder: Path) -> None:
+    """Both models leave the same files; the fused one's stay in folder / "fused"."""
+    saved = []
+    for name, model in (("fused", fused), ("plain", plain)):
+        model.save_pretrained(folder / name)
+        files = sorted(file for file in (folder / name).rglob("*") if file.is_file())
+        saved.append({file.relative_to(folder / name): contents(file) for file in files})
+    assert {file.suffix for file in saved[1]} >= {".safetensors", ".json"}
+    assert saved[0] == saved[1]
 
 
 def assert_compiles(model: PeftModel, x: Tensor) -> None:

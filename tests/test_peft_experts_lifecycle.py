@@ -30,7 +30,7 @@ from expert_models import (
 )
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper as PeftWrapper
-from peft_models import bf16, fp32, fp64
+from peft_models import assert_saves_as_peft, bf16, fp32, fp64
 from peft_models import one_thread as one_thread
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -224,10 +224,7 @@ def test_the_report_counts_the_calls_of_both_wrappers() -> None:
 @pytest.mark.parametrize("dtype", [fp32, bf16], ids=str)
 def test_merge_unmerge_save_and_load(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     fused, plain = pair(kind, dtype=dtype)
-    fused.save_pretrained(tmp_path / "fused"), plain.save_pretrained(tmp_path / "plain")
-    for file in (tmp_path / "plain").rglob("*.safetensors"):
-        twin = tmp_path / "fused" / file.relative_to(tmp_path / "plain")
-        assert twin.read_bytes() == file.read_bytes()
+    assert_saves_as_peft(fused, plain, tmp_path)
     frozen = {n: p.detach().clone() for n, p in plain.named_parameters()}
     wrappers = {n: m for n, m in plain.named_modules() if isinstance(m, PeftWrapper)}
     before = {name: wrapper.get_param().double() for name, wrapper in wrappers.items()}

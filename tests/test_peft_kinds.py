@@ -23,6 +23,7 @@ from peft_models import (
     add_other,
     assert_right,
     assert_same_as_peft,
+    assert_saves_as_peft,
     bf16,
     calls_of_lora_linear,
     fp32,
@@ -151,14 +152,7 @@ def test_merge_unmerge_save_and_load(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, plain = both(KINDS[kind])
-    fused.save_pretrained(tmp_path / "fused")
-    plain.save_pretrained(tmp_path / "plain")
-    files = sorted((tmp_path / "plain").rglob("*.safetensors"))
-    assert files
-    for file in files:
-        twin = tmp_path / "fused" / file.relative_to(tmp_path / "plain")
-        assert file.read_bytes() == twin.read_bytes()
-
+    assert_saves_as_peft(fused, plain, tmp_path)
     x = x_for(plain)
     before = run(fused, x)
     merged = copy.deepcopy(plain)

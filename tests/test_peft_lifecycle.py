@@ -19,6 +19,7 @@ from peft_models import (
     add_other,
     assert_close_to_peft,
     assert_same_as_peft,
+    assert_saves_as_peft,
     calls_of_lora_linear,
     fp64,
     llama,
@@ -162,14 +163,7 @@ def test_a_deepcopy_stays_fused_and_a_pickle_is_fused_again(
 
 def test_saved_files_are_those_of_peft(tmp_path: Path) -> None:
     fused, plain = pair(modules_to_save=["head"], use_rslora=True)
-    fused.save_pretrained(tmp_path / "fused")
-    plain.save_pretrained(tmp_path / "plain")
-    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
-    assert "adapter_model.safetensors" in names
-    assert names == sorted(path.name for path in (tmp_path / "fused").iterdir())
-    for name in names:
-        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-
+    assert_saves_as_peft(fused, plain, tmp_path)
     torch.manual_seed(0)  # the same base as pair()'s
     loaded = PeftModel.from_pretrained(Block(), tmp_path / "fused", is_trainable=True)
     again = copy.deepcopy(loaded)

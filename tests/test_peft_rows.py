@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel
 from peft_models import (
+    AddsInPlace,
     K,
     assert_same_as_peft,
     bf16,
@@ -316,20 +317,10 @@ def test_rows_that_are_composed_may_be_written_to(
     """Of the rows that an adapter acts on PEFT keeps copies, be it all of them."""
     monkeypatch.setattr("lora_kernels.peft.small.FEW_ROWS", 64)
 
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Identity(), nn.Linear(K, K)
-
-        def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-            h = x * 1.5
-            h += self.down(h)
-            return h.sin()
-
     options, arguments = {}, {"adapter_names": ["default"] * 6}
     if case == "aLoRA":
         options, arguments = ALORA, {"alora_offsets": [T] * 6}
-    plain = peft_model(Writes(), dtype=fp64, target_modules=["down"], **options)
+    plain = peft_model(AddsInPlace(), dtype=fp64, target_modules=["down"], **options)
     plain.train(case == "aLoRA")  # in training PEFT takes no adapter_names
     fused = copy.deepcopy(plain)
     report = fuse(fused)

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from peft_models import (
+    AddsInPlace,
     H,
     K,
     bf16,
@@ -252,17 +253,7 @@ def test_an_x_of_which_products_read_a_copy_may_be_written_to(
 ) -> None:
     """There PEFT keeps the copy."""
 
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Identity(), nn.Linear(K, K)
-
-        def forward(self, x: Tensor, write: bool = True) -> Tensor:
-            h = VIEWS[view](x * 1.5)
-            y = self.down(h)
-            return (h.add_(y) if write else h + y).sin()
-
-    model = peft_model(Writes(), dtype=fp64, target_modules=["down"])
+    model = peft_model(AddsInPlace(VIEWS[view]), dtype=fp64, target_modules=["down"])
     if of == "fused":
         assert fuse(model).fused
     else:

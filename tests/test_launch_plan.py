@@ -31,7 +31,7 @@ def python(*arguments: str, arch: int = 90) -> str:
 @pytest.mark.parametrize(("arch", "part"), [(90, ""), (80, "forward_call or hears")])
 def test_every_launch_is_the_right_one(arch: int, part: str) -> None:
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
-    python(*command, "tests/launched.py", "-k", part, arch=arch)
+    python(*command, "tests/launched.py", "tests/launched_plans.py", "-k", part, arch=arch)
 
 
 def test_a_call_costs_the_host_no_more_than_what_it_replaces() -> None:

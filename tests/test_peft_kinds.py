@@ -309,6 +309,24 @@ def test_a_few_rows_are_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert "fewer than 64 rows" in str(elsewhere)
 
 
+@pytest.mark.parametrize("layers", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_drawn_where_peft_draws_it(kind: str, layers: bool) -> None:
+    """The Dropout modules alone may train (Monte Carlo dropout), or all but them."""
+    fused, plain = both(KINDS[kind], lora_dropout=0.5)
+    x = x_for(plain)
+    for drops in (True, False):
+        for model in (fused, plain):
+            for module in model.train(layers).modules():
+                if isinstance(module, nn.Dropout):
+                    module.train(drops)
+        expected = plain(x)
+        drawn = not torch.equal(plain(x), expected)
+        assert (not torch.equal(fused(x), fused(x))) is drawn
+        if not drawn:
+            torch.testing.assert_close(fused(x), expected)
+
+
 def test_kasa_waits_for_its_truncation() -> None:
     model = KINDS["kasa"]()
     layer = model.base_model.model.up

@@ -36,7 +36,8 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
         return reason
     if now and pefts.ENABLE_DORA_CACHING and not vectors.training:
         return "PEFT keeps DoRA's norms between calls (DoraCaching)"
-    scaling, dropout_p = found.scaling, found.dropout_p
+    # Alone of all kinds it asks the layer, too, whether to drop.
+    scaling, dropout_p = found.scaling, found.dropout_p if layer.training else 0.0
 
     def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
         lora_a, lora_b, _ = factors
@@ -55,4 +56,4 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
         z = lora_linear(dropped, weight, lora_a, lora_b, scaling, frozen_bias)
         return F.linear(x - dropped, weight) + rescale(z, scale, bias)
 
-    return found._replace(compute=compute)
+    return found._replace(compute=compute, dropout_p=dropout_p)

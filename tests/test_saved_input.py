@@ -1,7 +1,9 @@
 """What a layer keeps for its backward pass: no more than PEFT does, and x safe from its caller."""
 
 import copy
+import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from peft_models import (
     AddsInPlace,
     H,
     K,
+    add_other,
     bf16,
     calls_of_lora_linear,
     fp16,
@@ -21,9 +24,10 @@ from peft_models import (
 )
 from peft_models import one_thread as one_thread
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRALinear
-from lora_kernels.peft import fuse
+from lora_kernels.peft import by_row, fuse
 from lora_kernels.saved_input import WRITTEN, _has_rows
 from lora_kernels.testing import assert_accurate
 
@@ -187,7 +191,7 @@ def test_once_written_to_always_copied(checkpointed: bool) -> None:
             return h.add_(y) if write else h + y
 
         if checkpointed:
-            return torch.utils.checkpoint.checkpoint(block, h, use_reentrant=False)
+            return checkpoint(block, h, use_reentrant=False)
         return block(h)
 
     x = torch.randn(6, K, requires_grad=True)
@@ -217,7 +221,7 @@ def test_a_checkpoint_bears_what_another_call_of_the_layer_does_not_show(
         x = torch.randn(6, K, dtype=fp64, requires_grad=True)
         h = x
         for block in (first, lambda h: layer(h).sin()):
-            h = torch.utils.checkpoint.checkpoint(block, h, use_reentrant=reentrant)
+            h = checkpoint(block, h, use_reentrant=reentrant)
         h.square().sum().backward()
         return [x.grad, layer.lora_A.grad, layer.lora_B.grad]
 
@@ -245,37 +249,65 @@ def test_what_has_rows() -> None:
         assert not _has_rows(view(h))
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpoint", "reentrant"])
+CHECKPOINTS = {"": None, "checkpoint": False, "reentrant": True}
+DOWN = {"target_modules": ["down"]}
+
+
+def assert_may_be_written_to(model: nn.Module, reentrant: bool | None, **arguments: Any) -> None:
+    """The gradients are those of a sum that is not written over the layer's input, twice."""
+
+    def gradients(write: bool) -> list[Tensor]:
+        x = torch.randn(8, 6, K, dtype=fp64, generator=torch.Generator().manual_seed(0))
+        x = x.to(model.base_model.model.down.weight.dtype).requires_grad_()
+        call = functools.partial(model, write=write, **arguments)
+        if reentrant is not None:
+            call = functools.partial(checkpoint, call, use_reentrant=reentrant)
+        model.zero_grad()
+        call(x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for _ in range(2):
+        for got, expected in zip(gradients(write=True), gradients(write=False), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTS.values(), ids=CHECKPOINTS)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("of", ["fused", "LoRALinear"])
 def test_an_x_of_which_products_read_a_copy_may_be_written_to(
     of: str, view: str, reentrant: bool | None
 ) -> None:
     """There PEFT keeps the copy."""
-
-    model = peft_model(AddsInPlace(VIEWS[view]), dtype=fp64, target_modules=["down"])
+    model = peft_model(AddsInPlace(VIEWS[view]), dtype=fp64, **DOWN)
     if of == "fused":
         assert fuse(model).fused
     else:
         inner = model.base_model.model
         inner.down = LoRALinear.from_linear(inner.down.base_layer, r=2, init_lora_weights=False)
+    assert_may_be_written_to(model, reentrant)
 
-    def gradients(write: bool) -> list[Tensor]:
-        x = torch.randn(8, 6, K, dtype=fp64, generator=torch.Generator().manual_seed(0))
-        x.requires_grad_()
-        arguments = (x, write)
-        if reentrant is None:
-            y = model(*arguments)
-        else:
-            y = torch.utils.checkpoint.checkpoint(model, *arguments, use_reentrant=reentrant)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        model.zero_grad()
-        y.square().sum().backward()
-        return [x.grad, *(p.grad for p in trained)]
 
-    for _ in range(2):
-        for got, expected in zip(gradients(write=True), gradients(write=False), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("reentrant", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("of", ["active", "rows"])
+@pytest.mark.parametrize("frozen", ["default", "other"])
+def test_an_adapter_trained_beside_a_frozen_one_bears_an_x_that_is_written_to(
+    frozen: str, of: str, reentrant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT keeps x in the adapters' dtype, and of a batch each adapter's rows."""
+    monkeypatch.setattr(by_row, "_COLUMNS_PER_RANK", 0)
+    model = peft_model(AddsInPlace(), dtype=bf16 if of == "active" else fp64, **DOWN)
+    add_other(model, **DOWN)
+    arguments: dict[str, Any] = {}
+    if of == "active":  # the adapters are in fp32
+        model.base_model.set_adapter(["default", "other"])
+    else:
+        model.to(fp64).eval()  # in training PEFT takes no adapter_names
+        arguments = {"adapter_names": ["default", "other"] * 4}
+    report = fuse(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and frozen not in name)
+    assert_may_be_written_to(model, reentrant, **arguments)
+    assert all(outcomes.keys() == {"fused"} for outcomes in report.calls().values())
 
 
 def test_an_inference_tensor_may_be_trained_on_where_x_is_copied() -> None:

@@ -85,6 +85,8 @@ def joined(adapters: list[Adapter]) -> Adapter | str:
         )
 
     return first._replace(
+        # x is saved if one of them is trained.
+        lora_a=next((a.lora_a for a in adapters if a.lora_a.requires_grad), first.lora_a),
         scaling=first.scaling if same else 1.0,
         derive=derive,
         collective=any(adapter.collective for adapter in adapters),

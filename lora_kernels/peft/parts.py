@@ -41,7 +41,8 @@ class Adapter(NamedTuple):
     lora_b: Tensor
     scaling: float
     dropout_p: float
-    # Makes A and B from the parameters, differentiably, where they are not those two themselves.
+    # Makes A and B from the parameters, differentiably, where they are not those two themselves:
+    # A then says in which dtype, and whether x is saved for a gradient.
     derive: Callable[[], Factors] | None = None
     # Makes y of x, W, the factors and the bias where that is more than one `lora_linear`. It takes
     # a dense W and, under dropout, adapters in the dtype computed in.

@@ -161,6 +161,18 @@ def test_a_deepcopy_stays_fused_and_a_pickle_is_fused_again(
         assert len(calls) == 2
 
 
+def test_a_copy_of_a_compiled_layer_computes_with_its_own_weights() -> None:
+    """`nn.Module` leaves what `compile()` bound to the original out of copies and pickles."""
+    fused, plain = pair()
+    fused.base_model.model.up.compile(backend="aot_eager", fullgraph=True)
+    x = x_for(plain)
+    fused(x)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        for model in (twin, changed := copy.deepcopy(plain)):
+            model.base_model.model.up.lora_A["default"].weight.data.mul_(2)
+        assert_close_to_peft(twin, changed, x)
+
+
 def test_saved_files_are_those_of_peft(tmp_path: Path) -> None:
     fused, plain = pair(modules_to_save=["head"], use_rslora=True)
     assert_saves_as_peft(fused, plain, tmp_path)

@@ -103,14 +103,14 @@ class Fused(ExactMerge):
             return on_a_copy(layer, x, functools.partial(_run, layer, found, x.dtype), shared)
         return _run(layer, found, x.dtype, x if shared is None else shared)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Pickle as PEFT's layer, which any machine can load; there, `fuse` fuses it again."""
-        return object.__new__, (self.plain,), without_ours(self.__dict__)
+        return object.__new__, (self.plain,), without_ours(self.__getstate__())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         """Copy as what it is: a copy stays fused, and counts its own calls."""
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[attr-defined]
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
 

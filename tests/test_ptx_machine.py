@@ -266,12 +266,12 @@ end:
 """
 
 
-def handover(release: str, acquire: str, seed: int) -> tuple[Run, int]:
+def handover(release: str, acquire: str, seed: int, cluster: int = 1) -> tuple[Run, int]:
     data = torch.zeros(8, dtype=torch.int32)
     flag = torch.zeros(1, dtype=torch.int32)
     run = launch(
         HANDOVER.format(release=release, acquire=acquire), data, flag, ctas=2, threads=1,
-        seed=seed, resident=2,
+        seed=seed, resident=2, cluster=cluster,
     )  # fmt: skip
     assert not run.failure
     return run, int(data[1])
@@ -284,12 +284,22 @@ RELAXED_ACQUIRE = "ld.relaxed.gpu.global.b32 %r1, [%d1];"
 FENCE = "fence.acq_rel.gpu;"
 
 
+IN_CLUSTER = [text.replace("gpu", "cluster") for text in (RELEASE, ACQUIRE, RELAXED_RELEASE, FENCE)]
+
+
 @pytest.mark.parametrize(
-    ("release", "acquire"), [(RELEASE, ACQUIRE), (FENCE + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE)]
+    ("release", "acquire", "cluster"),
+    [
+        (RELEASE, ACQUIRE, 1),
+        (FENCE + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE, 1),
+        ("fence.release.gpu;" + RELAXED_RELEASE, RELAXED_ACQUIRE + "fence.acquire.gpu;", 1),
+        (IN_CLUSTER[0], IN_CLUSTER[1], 2),
+        (FENCE + IN_CLUSTER[2], RELAXED_ACQUIRE + IN_CLUSTER[3], 2),
+    ],
 )
-def test_release_and_acquire_hand_over(release: str, acquire: str) -> None:
+def test_release_and_acquire_hand_over(release: str, acquire: str, cluster: int) -> None:
     for seed in range(8):
-        run, value = handover(release, acquire, seed)
+        run, value = handover(release, acquire, seed, cluster)
         assert (run.reports, value) == ([], 42)
 
 
@@ -299,13 +309,48 @@ def test_release_and_acquire_hand_over(release: str, acquire: str) -> None:
         (RELAXED_RELEASE, ACQUIRE),
         (RELEASE, RELAXED_ACQUIRE),
         (RELEASE.replace("gpu", "cta"), ACQUIRE),
-        ("fence.acq_rel.cta;" + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE),
+        (RELEASE, ACQUIRE.replace("gpu", "cta")),
+        (IN_CLUSTER[0], ACQUIRE),
+        (RELEASE, IN_CLUSTER[1]),
+        *(
+            (fence + RELAXED_RELEASE, RELAXED_ACQUIRE + FENCE)
+            for fence in ("fence.acq_rel.cta;", "fence.acquire.gpu;", IN_CLUSTER[3])
+        ),
+        *(
+            (FENCE + RELAXED_RELEASE, RELAXED_ACQUIRE + fence)
+            for fence in ("fence.acq_rel.cta;", "fence.release.gpu;", IN_CLUSTER[3])
+        ),
     ],
 )
 def test_a_weaker_handover_is_a_race(release: str, acquire: str) -> None:
     for seed in range(4):
         run, _ = handover(release, acquire, seed)
         assert any("race in global memory" in r and "line" in r for r in run.reports)
+
+
+@pytest.mark.parametrize(
+    ("scope", "cluster", "meet"),
+    [("gpu", 1, True), ("cta", 1, False), ("cta", 2, False), ("cluster", 1, False)]
+    + [("cluster", 2, True)],
+)
+def test_atomics_may_meet_within_their_scope(scope: str, cluster: int, meet: bool) -> None:
+    count = torch.zeros(1, dtype=torch.int32)
+    body = f"ld.param.u64 %d0, [p0]; atom.relaxed.{scope}.global.add.u32 %r0, [%d0], 1;"
+    for seed in range(4):
+        run = launch(body, count, ctas=2, threads=1, seed=seed, resident=2, cluster=cluster)
+        assert bool(run.reports) is not meet
+
+
+def test_who_meets_at_a_barrier_agrees_on_how_many_meet() -> None:
+    body = """
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, 128;
+    setp.lt.u32 %p0, %r0, 64;
+    @%p0 mov.u32 %r1, 64;
+    bar.sync 1, %r1;
+    """
+    failures = [launch(body, threads=128, seed=seed).failure for seed in range(8)]
+    assert any("another number of threads" in failure for failure in failures)
 
 
 def test_a_weak_store_is_held_back_until_a_release() -> None:

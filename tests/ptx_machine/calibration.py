@@ -60,6 +60,7 @@ ANYWHERE = {
     "half of the bytes are expected",
     "a release is relaxed",
     "an acquire is relaxed",
+    "an atomic is for the own CTA",
     "a store is removed",
     "a store comes after its release",
     "a product is left out",

@@ -240,6 +240,13 @@ def _unmasked(mask: int) -> int:
     return mask | ~0x3FFFF if 0x3C000 <= mask <= 0x3FFFF else mask
 
 
+def _fewer_threads(statement: Statement) -> Change | None:
+    """Let a barrier of some threads open for half of them."""
+    if len(statement.operands) < 2:
+        return None
+    return _number(r"^bar(rier)?(\.cta)?\.sync", 1, lambda n: n // 64 * 32 or n)(statement)
+
+
 # What hands data to other CTAs, and what says that it is there.
 _STORE = (
     r"st\.global\..*|cp\.async\.bulk\.tensor\..*\.global\.shared.*|cp\.async\.bulk\.commit_group"
@@ -262,6 +269,9 @@ FAULTS = (
         "an acquire is relaxed", _renamed(r"^((?:ld|atom)\.global\.gpu)\.acquire", r"\1.relaxed")
     ),
     Fault("a fence is removed", removed(r"fence\.acq_rel\..*|membar\..*")),
+    Fault("a fence is for the own CTA", _renamed(r"^fence\.acq_rel\.gpu", "fence.acq_rel.cta")),
+    Fault("a fence does not acquire", _renamed(r"^fence\.acq_rel\.gpu", "fence.release.gpu")),
+    Fault("a fence does not release", _renamed(r"^fence\.acq_rel\.gpu", "fence.acquire.gpu")),
     Fault("a proxy fence is removed", removed(r"fence\.proxy\..*")),
     Fault("a matrix is loaded or stored transposed", _toggled_transposition),
     Fault("A is read transposed", _swapped_major(0)),
@@ -314,6 +324,11 @@ FAULTS = (
         "a release is for the own CTA",
         _renamed(r"^((?:red|atom)\.global)\.gpu(?=\.(release|acq_rel))", r"\1.cta"),
     ),
+    Fault(
+        "an atomic is for the own CTA",
+        _renamed(r"^((?:red|atom)\.(?:relaxed|global))\.gpu(?=\.(global|relaxed))", r"\1.cta"),
+    ),
+    Fault("a barrier expects fewer threads", _fewer_threads),
 )
 # Faults in what is computed and where, of which every program has plenty of places.
 COMPUTED = (

@@ -49,6 +49,7 @@ void run(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     if (at % sizeof(T) != 0) m.fail(w, "misaligned global address");
     Access access{w.agent(kWrite), w.time, w.pc(), true};
     access.strength = Strength::kAtomic;
+    access.scope = scope;
     m.touch_global(w, at, sizeof(T), access);
     m.commit(*w.cta, at, sizeof(T));
     T& word = *reinterpret_cast<T*>(at);

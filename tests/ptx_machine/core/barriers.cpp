@@ -57,9 +57,13 @@ void bar(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   if (id > 15) m.fail(w, "no such barrier");
   Cta& cta = *w.cta;
   CtaBarrier& barrier = cta.barriers[id];
-  barrier.whole = i.in.size() == 1;
-  const int expected = barrier.whole ? 32 * cta.live : static_cast<int>(w.value(i.in[1], lane));
+  const bool whole = i.in.size() == 1;
+  const int expected = whole ? 32 * cta.live : static_cast<int>(w.value(i.in[1], lane));
   if (expected % 32 != 0) m.fail(w, "a barrier for a part of a warp");
+  if (barrier.arrived > 0 && barrier.expected != expected && !(whole && barrier.whole))
+    m.fail(w, "another number of threads than others expect at barrier " + std::to_string(id));
+  barrier.whole = whole;
+  barrier.expected = expected;
   barrier.brought.join(w.known);
   m.tick(w);
   barrier.arrived += 32;
@@ -107,7 +111,7 @@ void cluster_arrive(Machine& m, Warp& w, const Instruction& i, Mask) {
     m.commit_known(w, w.known);
     cluster.coming.join(w.known);
   } else {  // it tells what fences have announced
-    if (w.announces) cluster.coming.join(w.announced);
+    if (w.announces) cluster.coming.join(w.announced[Scope::kCluster]);
     cluster.coming.happened.raise(w.agent(kInit), w.inits_announced);
   }
   m.tick(w);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "types.h"
@@ -45,6 +46,15 @@ class Clock {
 
 enum Space { kShared, kGlobal, kSpaces };
 
+enum class Scope : u8 { kCta, kCluster, kGpu };
+constexpr Scope kScopes[] = {Scope::kCta, Scope::kCluster, Scope::kGpu};  // each in the next
+
+// The least scope that includes both CTAs.
+inline Scope scope_of(u32 one, u32 other, u32 cluster) {
+  if (one == other) return Scope::kCta;
+  return one / cluster == other / cluster ? Scope::kCluster : Scope::kGpu;
+}
+
 // What has happened before, and what of it lies before a proxy fence on the way.
 struct Knowledge {
   Clock happened;
@@ -62,6 +72,14 @@ struct Knowledge {
     }
   }
   void clear() { *this = Knowledge(); }
+};
+
+class KnowledgeByScope {
+ public:
+  Knowledge& operator[](Scope scope) { return of_[static_cast<int>(scope)]; }
+
+ private:
+  Knowledge of_[std::size(kScopes)];
 };
 
 }  // namespace ptx

@@ -7,26 +7,36 @@ void hear(Machine& m, Warp& warp, u64 address, Order order, Scope scope) {
   const auto found = m.published.find(address);
   if (found == m.published.end()) return;
   for (const Published& said : found->second) {
-    const bool same_cta = said.cta == warp.cta->id;
-    const bool reaches = same_cta || (said.scope == Scope::kGpu && scope == Scope::kGpu) ||
-                         (said.scope >= Scope::kCluster && scope >= Scope::kCluster &&
-                          said.cta / m.launch.cluster == warp.cta->id / m.launch.cluster);
-    if (reaches) (acquires(order) ? warp.known : warp.heard).join(said.knowledge);
+    const Scope needed = scope_of(said.cta, warp.cta->id, m.launch.cluster);
+    if (std::min(said.scope, scope) < needed) continue;
+    (acquires(order) ? warp.known : warp.heard[needed]).join(said.knowledge);
   }
 }
+
+namespace {
+
+void add(std::vector<Published>& word, u32 cta, Scope scope, const Knowledge& knowledge) {
+  for (Published& said : word) {
+    if (said.cta == cta && said.scope == scope) {
+      said.knowledge.join(knowledge);
+      return;
+    }
+  }
+  word.push_back({cta, scope, knowledge});
+}
+
+}  // namespace
 
 void tell(Machine& m, Warp& warp, u64 address, Order order, Scope scope, bool adds) {
   auto& word = m.published[address];
   if (!adds) word.clear();
-  const bool release = releases(order);
-  if (!release && !warp.announces) return;
-  for (Published& said : word) {
-    if (said.cta == warp.cta->id && said.scope == scope) {
-      said.knowledge.join(release ? warp.known : warp.announced);
-      return;
+  if (releases(order)) {
+    add(word, warp.cta->id, scope, warp.known);
+  } else if (warp.announces) {
+    for (const Scope s : kScopes) {
+      if (s <= scope) add(word, warp.cta->id, s, warp.announced[s]);
     }
   }
-  word.push_back({warp.cta->id, scope, release ? warp.known : warp.announced});
 }
 
 void before_release(Machine& m, Warp& warp, Scope scope) {
@@ -35,12 +45,20 @@ void before_release(Machine& m, Warp& warp, Scope scope) {
 
 namespace {
 
+enum Number { kScope, kAcquires, kReleases };
+
 void fence(Machine& m, Warp& w, const Instruction& i, Mask) {
-  w.known.join(w.heard);
-  // A narrower fence announces nothing to other CTAs, but what the wider one before it did.
-  if (static_cast<Scope>(i.number[0]) != Scope::kCta) {
-    before_release(m, w, Scope::kGpu);
-    w.announced = w.known;
+  const Scope scope = static_cast<Scope>(i.number[kScope]);
+  if (i.number[kAcquires]) {
+    for (const Scope s : kScopes) {
+      if (s <= scope) w.known.join(w.heard[s]);
+    }
+  }
+  if (i.number[kReleases]) {
+    before_release(m, w, scope);
+    for (const Scope s : kScopes) {
+      if (s <= scope) w.announced[s] = w.known;
+    }
     w.announces = true;
   }
   m.tick(w);
@@ -78,15 +96,15 @@ void decode_fence(Decoder& d) {
     d.modifiers.take_one({"cluster"});
     d.made.run = init_fence;
   } else {
-    d.modifiers.take_any({"acq_rel", "sc", "acquire", "release"}, 0);
-    d.made.number = {static_cast<s64>(take_scope(d.modifiers, Scope::kGpu))};
+    const int kind = d.modifiers.take_any({"acq_rel", "sc", "acquire", "release"}, 0);
+    d.made.number = {static_cast<s64>(take_scope(d.modifiers, Scope::kGpu)), kind != 3, kind != 2};
     d.made.run = fence;
   }
 }
 
 void decode_membar(Decoder& d) {
-  static constexpr Scope kScopes[] = {Scope::kCta, Scope::kGpu, Scope::kGpu};
-  d.made.number = {static_cast<s64>(kScopes[d.modifiers.take_one({"cta", "gl", "sys"})])};
+  const bool narrow = d.modifiers.take_one({"cta", "gl", "sys"}) == 0;
+  d.made.number = {static_cast<s64>(narrow ? Scope::kCta : Scope::kGpu), true, true};
   d.made.run = fence;
   d.made.flow = Flow::kSwitch;
 }

@@ -86,6 +86,7 @@ void load_global(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
   const int bytes = static_cast<int>(i.number[kBytes]);
   const u32 all = static_cast<u32>(bytes) * static_cast<u32>(i.out.size());
   const Order order = static_cast<Order>(i.number[kOrder]);
+  const Scope scope = static_cast<Scope>(i.number[kScope]);
   u64 addresses[kLanes];
   for (int l = 0; l < kLanes; ++l) {
     if (!(lanes >> l & 1)) continue;
@@ -93,12 +94,13 @@ void load_global(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     if (at % all != 0) m.fail(w, "misaligned global address");
     Access access{w.agent(kRead), w.time, w.pc(), false};
     if (order != Order::kWeak) access.strength = Strength::kStrong;
+    access.scope = scope;
     m.touch_global(w, at, all, access);
     u8 data[32];
     m.load(*w.cta, at, data, all);
     put<kSigned>(w, i, l, data, bytes);
     if (order != Order::kWeak) {
-      hear(m, w, at, order, static_cast<Scope>(i.number[kScope]));
+      hear(m, w, at, order, scope);
       u64 value = 0;
       std::memcpy(&value, data, std::min(all, 8u));
       if (l == __builtin_ctz(lanes)) m.poll(w, at, value);
@@ -122,6 +124,7 @@ void store_global(Machine& m, Warp& w, const Instruction& i, Mask lanes) {
     take(w, i, l, data, bytes);
     Access access{w.agent(kWrite), w.time, w.pc(), true};
     if (order != Order::kWeak) access.strength = Strength::kStrong;
+    access.scope = scope;
     m.touch_global(w, at, all, access);
     if (order == Order::kWeak) {
       m.store_weak(*w.cta, at, data, all, w.agent(kWrite), w.time);

@@ -1,6 +1,7 @@
 // The files that fill the table of opcodes, and what they share.
 #pragma once
 
+#include "clocks.h"
 #include "program.h"
 
 namespace ptx {
@@ -19,7 +20,6 @@ void add_tma(Table& table);          // tma.cpp
 void add_mma(Table& table);          // mma.cpp
 void add_wgmma(Table& table);        // wgmma.cpp
 
-enum class Scope : u8 { kCta, kCluster, kGpu };
 enum class Order : u8 { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 
 inline bool acquires(Order order) {
@@ -30,9 +30,8 @@ inline bool releases(Order order) {
 }
 
 inline Scope take_scope(Modifiers& modifiers, Scope otherwise) {
-  static constexpr Scope kScopes[] = {Scope::kCta, Scope::kCluster, Scope::kGpu, Scope::kGpu};
   const int found = modifiers.take_any({"cta", "cluster", "gpu", "sys"}, -1);
-  return found < 0 ? otherwise : kScopes[found];
+  return found < 0 ? otherwise : kScopes[std::min(found, 2)];
 }
 
 inline Order take_order(Modifiers& modifiers, Order otherwise) {

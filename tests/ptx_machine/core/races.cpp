@@ -20,10 +20,9 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
     Record record = cell[i];
     if (record.bytes & bytes) {
       const bool same = record.agent == access.agent && record.write == access.write &&
-                        record.strength == access.strength;
+                        record.strength == access.strength && record.scope == access.scope;
       if (record.write || access.write) {
-        const bool exempt =
-            record.strength != Strength::kWeak && access.strength != Strength::kWeak;
+        const bool exempt = both_strong(record, access);
         const char* wrong = clash(record, access, space, known);
         if (wrong != nullptr && found.size() < 100) {
           found.insert(std::string(wrong) + " in " + (space == kShared ? "shared" : "global") +
@@ -49,7 +48,7 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
   cell.resize(kept);
   if (remembered) return;
   cell.push_back({access.time, access.pc, static_cast<u16>(access.agent), bytes, access.write,
-                  access.strength});
+                  access.strength, access.scope});
 }
 
 const char* Races::clash(const Record& record, const Access& access, Space space,
@@ -65,10 +64,7 @@ const char* Races::clash(const Record& record, const Access& access, Space space
                             (access.strength == Strength::kAtomic &&
                              record.strength == Strength::kStrong && record.write);
     const bool same_proxy = is_async(record.agent) == access.async;
-    if (record.strength != Strength::kWeak && access.strength != Strength::kWeak && same_proxy &&
-        !lost_count) {
-      return nullptr;
-    }
+    if (both_strong(record, access) && same_proxy && !lost_count) return nullptr;
     if (access.rewrites && is_generic(record.agent)) return nullptr;
     return "race";
   }
@@ -77,7 +73,7 @@ const char* Races::clash(const Record& record, const Access& access, Space space
   // ordinary synchronisation, only past a proxy fence. mbarriers hand over within the proxy.
   if (is_barrier(record.agent)) return nullptr;
   if (is_async(record.agent) && !is_barrier(access.agent) &&
-      warp(record.agent) / warps_per_cta_ == warp(access.agent) / warps_per_cta_) {
+      cta(record.agent) == cta(access.agent)) {
     return nullptr;
   }
   return known.fenced[space][record.agent] < record.time ? "no proxy fence" : nullptr;

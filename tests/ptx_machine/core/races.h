@@ -18,7 +18,8 @@ struct Access {
   bool write;
   bool async = false;  // by the async proxy
   Strength strength = Strength::kWeak;
-  bool rewrites = false;  // a write of the value that is there already
+  bool rewrites = false;      // a write of the value that is there already
+  Scope scope = Scope::kGpu;  // within which it is strong
 };
 
 struct Record {
@@ -28,6 +29,7 @@ struct Record {
   u16 bytes;  // one bit each
   bool write;
   Strength strength;
+  Scope scope;
 };
 
 using Cell = std::vector<Record>;
@@ -35,8 +37,8 @@ constexpr u64 kCell = 16;
 
 class Races {
  public:
-  explicit Races(u32 warp_agents, u32 warps_per_cta)
-      : warp_agents_(warp_agents), warps_per_cta_(warps_per_cta) {}
+  Races(u32 warp_agents, u32 warps_per_cta, u32 cluster)
+      : warp_agents_(warp_agents), warps_per_cta_(warps_per_cta), cluster_(cluster) {}
 
   // Checks an access to `count` bytes at `at` of the memory that `cells` shadow, by one who knows
   // `known`, and remembers it.
@@ -56,10 +58,16 @@ class Races {
   const char* clash(const Record& record, const Access& access, Space space,
                     const Knowledge& known) const;
   u32 warp(u32 agent) const { return agent / kKinds; }
+  u32 cta(u32 agent) const { return warp(agent) / warps_per_cta_; }
+  bool both_strong(const Record& record, const Access& access) const {
+    return record.strength != Strength::kWeak && access.strength != Strength::kWeak &&
+           scope_of(cta(record.agent), cta(access.agent), cluster_) <=
+               std::min(record.scope, access.scope);
+  }
   bool is_generic(u32 agent) const { return !is_barrier(agent) && agent % kKinds <= kInit; }
   bool is_async(u32 agent) const { return is_barrier(agent) || agent % kKinds >= kProduct; }
 
-  u32 warp_agents_, warps_per_cta_;
+  u32 warp_agents_, warps_per_cta_, cluster_;
 };
 
 }  // namespace ptx

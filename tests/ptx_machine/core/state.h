@@ -76,8 +76,8 @@ struct Warp {
 
   u32 time = 1;
   Knowledge known;
-  Knowledge announced;  // as of the last fence: what a relaxed store or atomic tells others
-  Knowledge heard;      // of relaxed loads: known after the next fence
+  KnowledgeByScope announced;  // by fences: what a relaxed store or atomic tells others
+  KnowledgeByScope heard;      // of relaxed loads: known after the next fence as wide as that
   bool announces = false;
   u32 inits_announced = 0;  // the time of the last fence.mbarrier_init
 
@@ -133,7 +133,7 @@ struct Warp {
 // bar.sync
 struct CtaBarrier {
   bool whole = false;  // of all threads of the CTA
-  int arrived = 0;
+  int expected = 0, arrived = 0;
   Knowledge brought;
   std::vector<Warp*> waiting;
 };

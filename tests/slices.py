@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch import Backend
 from lora_kernels.ops.lora_linear.philox import keep_mask
-from lora_kernels.testing import Case, Inputs, make_inputs, poisoned_memory, run_backend
+from lora_kernels.testing import Case, Inputs, fp64, make_inputs, poisoned_memory, run_backend
 
 
 def check_slices(
@@ -17,11 +17,11 @@ def check_slices(
     first: int = 1000,
     width: int = 136,
 ) -> None:
-    """Assert that slices of x have the whole x's results, bit for bit, and thus its mask.
+    """Assert that slices of x have the whole x's results, bit for bit, and these the right mask.
 
     W is zero, A and B the identity: y and P are then the sums of the slices', of which one alone is
     not zero, and dx and da theirs side by side. Of small integers every sum is exact. The whole x
-    is `width` columns from `first` on.
+    is `width` columns from `first` on; one of its elements draws the threshold itself.
     """
     case = Case(
         70, width, width, width, dtype, adapter_dtype, dropout_p=0.4, scaling=0.6,
@@ -30,7 +30,9 @@ def check_slices(
     drawn, eye = make_inputs(case), torch.eye(width, dtype=adapter_dtype)
     x, dy = ((2 * t).round() for t in (drawn.x, drawn.dy))
     weight = torch.zeros(width, width, dtype=dtype)
-    whole = drawn._replace(x=x, weight=weight, lora_a=eye, lora_b=eye, dy=dy)
+    tile = range(case.m), range(first, first + width)
+    seed, mask = _seed_with_a_tie(case.dropout_p, *tile)
+    whole = drawn._replace(x=x, weight=weight, lora_a=eye, lora_b=eye, dy=dy, seed=seed)
 
     def results(start: int, end: int) -> dict[str, Tensor]:
         x, weight, lora_a = (t[:, start:end].contiguous() for t in whole[:3])
@@ -41,10 +43,21 @@ def check_slices(
 
     cuts = (0, 24, width - 40, width)
     right, parts = results(0, width), [results(*ends) for ends in itertools.pairwise(cuts)]
-    assert whole.seed is not None
-    mask = keep_mask(whole.seed, case.dropout_p, range(case.m), range(first, first + width))
-    assert torch.equal(right["p"] != 0, mask & (whole.x != 0))
+    kept = (x * mask).to(fp64)
+    sums = dy.to(fp64).t() @ kept
+    exact = {"y": kept, "p": kept, "dx": dy * mask, "da": sums, "db": sums}
     for name in right:
+        assert torch.equal(right[name], exact[name].to(right[name])), f"{name} has another mask"
         found = [part[name] for part in parts]
         together = torch.cat(found, 1) if name in ("dx", "da") else sum(found)
         assert torch.equal(together, right[name]), f"{name} of a slice is another"
+
+
+def _seed_with_a_tie(dropout_p: float, rows: range, columns: range) -> tuple[Tensor, Tensor]:
+    """Return a seed, and its mask, by which an element that is just kept draws the threshold."""
+    for seed in itertools.count(7 << 33):
+        key = torch.tensor([seed])
+        mask = keep_mask(key, dropout_p, rows, columns)
+        if not torch.equal(mask, keep_mask(key, dropout_p + 2**-16, rows, columns)):
+            return key, mask
+    raise AssertionError

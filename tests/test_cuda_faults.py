@@ -7,7 +7,7 @@ Primitives that misbehave are planted in the PTX; mistakes are made in the sourc
 import functools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,11 @@ from ptx_machine.faults import (
 from ptx_machine.launch import MAGIC, Grid, Memory, Run
 from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel, Statement
+from seeds import by_address
+from sixteen_bits import check_infinities, check_rounding
+from slices import check_slices
 
+from lora_kernels.dispatch import Backend
 from lora_kernels.testing import Case, bf16, fp32, make_inputs, run_backend
 
 pytestmark = [
@@ -48,15 +52,24 @@ def notices(
     adapter_dtype: torch.dtype = bf16,
     seeds: int = 4 * len(CASES),
 ) -> str:
-    """Return by what some case and schedule fails, or ""."""
+    """Return by what some case and schedule fails, or "".
+
+    Every second time a case comes by, kernels read its seed where it is.
+    """
     cases = [case._replace(adapter_dtype=adapter_dtype) for case in CASES]
-    attempts = (_failure(machines(seed), cases[seed % len(cases)]) for seed in range(seeds))
-    return next(filter(None, attempts), "")
+
+    def attempts() -> Iterator[str]:
+        for seed in range(seeds):
+            turn, which = divmod(seed, len(cases))
+            backend = cuda_backend.on(machines(seed))
+            yield _failure(by_address(backend) if turn % 2 else backend, cases[which])
+
+    return next(filter(None, attempts()), "")
 
 
-def _failure(machine: Machine, case: Case) -> str:
+def _failure(backend: Backend, case: Case) -> str:
     try:
-        check(cuda_backend.on(machine), case)
+        check(backend, case)
     except AssertionError as error:
         return str(error).splitlines()[0]
     return ""
@@ -74,7 +87,7 @@ def _machine(seed: int, edit: Callable[[Kernel], Kernel] = lambda kernel: kernel
 
 @pytest.mark.parametrize("adapter_dtype", [bf16, fp32])
 def test_without_a_fault_nothing_is_noticed(adapter_dtype: torch.dtype) -> None:
-    assert notices(_machine, adapter_dtype, seeds=len(CASES)) == ""
+    assert notices(_machine, adapter_dtype, seeds=2 * len(CASES)) == ""
 
 
 # --- In the PTX -----------------------------------------------------------------------------------
@@ -179,6 +192,7 @@ def test_a_tma_that_does_not_swizzle_is_noticed() -> None:
 
 TILE, STORE = "lora_linear/tile_sm90.cuh", "lora_linear/store_sm90.cuh"
 FP32 = "lora_linear/fp32_sm90.cuh"
+Judge = Callable[[Backend], None]
 FENCE, MEET = "  ptx::fence_proxy_async_shared();\n", "  ptx::consumers_sync(kConsumersBarrier);\n"
 MUTANTS = {  # what is compiled anew, the file to change, and the change
     "the rank in an address reaches the descriptor": (
@@ -270,6 +284,20 @@ MUTANTS = {  # what is compiled anew, the file to change, and the change
         "    ptx::warpgroup_sync(own_barrier());\n    row += row_step",
         "    row += row_step",
     ),
+    "the words of a seed on the GPU are swapped": (
+        "forward_bf16",
+        TILE,
+        "dropout.key_low = ptx::load_relaxed(dropout.seed);\n"
+        "    dropout.key_high = ptx::load_relaxed(dropout.seed + 1);",
+        "dropout.key_high = ptx::load_relaxed(dropout.seed);\n"
+        "    dropout.key_low = ptx::load_relaxed(dropout.seed + 1);",
+    ),
+    "the high word of a seed on the GPU is lost": (
+        "backward_bf16",
+        TILE,
+        "    dropout.key_high = ptx::load_relaxed(dropout.seed + 1);\n",
+        "",
+    ),
     "the low half of fp32 is dropped": (
         "forward_bf16_fp32",
         TILE,
@@ -313,3 +341,53 @@ def test_a_mistake_in_the_source_is_noticed(name: str, tmp_path: Path) -> None:
         lambda seed: _machine(seed, lambda k: mutant if k.name == mutant.name else k),
         adapter_dtype,
     )
+
+
+# Mistakes that a tolerance bears: what is compiled anew and how, who judges, and what they say.
+PTX, PHILOX, DRAWN = "common/ptx.h", "common/philox.h", ">= dropout.threshold"
+SMALL_MUTANTS: dict[str, tuple[tuple[str, str, str, str], Judge, str]] = {
+    "16 bits are cut off where they should be rounded": (
+        (
+            "forward_bf16",
+            PTX,
+            'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));',
+            'asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(packed) : "f"(low), "f"(high));',
+        ),
+        lambda backend: check_rounding(backend, bf16, bf16),
+        "y is rounded in another way",
+    ),
+    "who draws the threshold is dropped from P": (
+        ("forward_bf16", PHILOX, f"{DRAWN} ?", f"{DRAWN} + 1 ?"),
+        lambda backend: check_slices(backend, bf16, bf16),
+        "y has another mask",
+    ),
+    "who draws the threshold is dropped from dx": (
+        ("backward_bf16", PHILOX, f"{DRAWN})", f"{DRAWN} + 1)"),
+        lambda backend: check_slices(backend, bf16, bf16),
+        "dx has another mask",
+    ),
+    "who draws the threshold is dropped from da": (
+        ("backward_bf16_fp32", PHILOX, f"{DRAWN} ?", f"{DRAWN} + 1 ?"),
+        lambda backend: check_slices(backend, bf16, fp32),
+        "da has another mask",
+    ),
+    "what is left of infinity is kept": (
+        (
+            "forward_bf16_fp32",
+            FP32,
+            "fabsf(rounded) == INFINITY ? 0.0f : value - rounded",
+            "value - rounded",
+        ),
+        lambda backend: check_infinities(backend, bf16),
+        "isnan elsewhere than PyTorch",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_MUTANTS)
+def test_a_small_mistake_in_the_source_is_noticed(name: str, tmp_path: Path) -> None:
+    mistake, judge, message = SMALL_MUTANTS[name]
+    mutant = cuda_backend.mutant(tmp_path, *mistake)
+    edit = lambda kernel: mutant if kernel.name == mutant.name else kernel
+    with pytest.raises(AssertionError, match=message):
+        judge(cuda_backend.on(Machine(multiprocessors=6, edit=edit)))

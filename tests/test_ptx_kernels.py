@@ -17,10 +17,11 @@ from ptx_machine.faults import COMPUTED, FAULTS, Fault, study
 from ptx_machine.machine import Machine
 from ptx_machine.parse import Kernel
 from readers import check_readers
+from seeds import check_seeds
+from sixteen_bits import check_infinities, check_rounding
 from slices import check_slices
 
 from lora_kernels.dispatch import Backend
-from lora_kernels.ops.lora_linear import reference
 from lora_kernels.ops.lora_linear.config import TileConfig
 from lora_kernels.testing import (
     CASES,
@@ -29,6 +30,7 @@ from lora_kernels.testing import (
     bf16,
     check_backend,
     check_frozen,
+    check_non_finite,
     fp16,
     fp32,
     make_inputs,
@@ -165,13 +167,34 @@ def test_the_cuda_kernels_are_right_beside_fp32_adapters(case: Case) -> None:
     check(cuda_backend.on(Machine(seed=case.r, multiprocessors=6)), case)
 
 
-@pytest.mark.parametrize("value", [3, 3 + 2**40, 2**63 - 1])
-def test_the_whole_64_bit_seed_counts_in_cuda(value: int) -> None:
-    case, seed = Case(64, 64, 128, 8, bf16, dropout_p=0.5), torch.tensor([value])
-    call = make_inputs(case)._replace(seed=seed).forward(case)
-    p, right = (backend.forward(call)[1] for backend in (cuda_backend.on(Machine()), reference))
-    # Another mask would move P by about its own size, 0.75·√2.
-    assert (p - right).abs().max() < 0.05
+@pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
+def test_every_bit_of_a_seed_counts_in_cuda(adapters: torch.dtype) -> None:
+    check_seeds(cuda_backend.on(Machine(multiprocessors=6)), adapters)
+
+
+@pytest.mark.parametrize("adapters", [None, fp32], ids=str)
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+def test_sums_are_rounded_to_nearest_in_cuda(
+    dtype: torch.dtype, adapters: torch.dtype | None
+) -> None:
+    check_rounding(cuda_backend.on(Machine(multiprocessors=6)), dtype, adapters or dtype)
+
+
+NON_FINITE = [
+    (value, Case(130, 72, 136, 24, dtype, adapters, True, dropout_p))
+    for value in (float("nan"), float("inf"))
+    for dtype, adapters, dropout_p in ((bf16, None, 0.3), (fp16, fp32, 0.0))
+]
+
+
+@pytest.mark.parametrize(("value", "case"), NON_FINITE, ids=str)
+def test_non_finite_numbers_stay_where_they_belong_in_cuda(value: float, case: Case) -> None:
+    check_non_finite(cuda_backend.on(Machine(multiprocessors=6)), case, value)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+def test_adapters_may_be_infinite_in_cuda(dtype: torch.dtype) -> None:
+    check_infinities(cuda_backend.on(Machine(multiprocessors=6)), dtype)
 
 
 @pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
@@ -287,6 +310,34 @@ def on(arch: int, config: TileConfig | None) -> On:
 @pytest.mark.parametrize(("arch", "config", "case"), TRITON_CASES, ids=str)
 def test_the_triton_kernels_are_right(arch: int, config: TileConfig | None, case: Case) -> None:
     judge(on(arch, config), case)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_bit_of_a_seed_counts_in_triton(arch: int) -> None:
+    check_seeds(on(arch, SMALL)(Machine(multiprocessors=6)), bf16)
+
+
+@pytest.mark.parametrize("adapters", [None, fp32], ids=str)
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_sums_are_rounded_to_nearest_in_triton(
+    arch: int, dtype: torch.dtype, adapters: torch.dtype | None
+) -> None:
+    check_rounding(on(arch, SMALL)(Machine(multiprocessors=6)), dtype, adapters or dtype)
+
+
+@pytest.mark.parametrize(("value", "case"), NON_FINITE, ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_non_finite_numbers_stay_where_they_belong_in_triton(
+    arch: int, value: float, case: Case
+) -> None:
+    check_non_finite(on(arch, SMALL)(Machine(multiprocessors=6)), case, value)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_adapters_may_be_infinite_in_triton(arch: int, dtype: torch.dtype) -> None:
+    check_infinities(on(arch, SMALL)(Machine(multiprocessors=6)), dtype)
 
 
 @pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)

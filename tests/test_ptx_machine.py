@@ -330,8 +330,13 @@ def test_a_weaker_handover_is_a_race(release: str, acquire: str) -> None:
 
 @pytest.mark.parametrize(
     ("scope", "cluster", "meet"),
-    [("gpu", 1, True), ("cta", 1, False), ("cta", 2, False), ("cluster", 1, False)]
-    + [("cluster", 2, True)],
+    [
+        ("gpu", 1, True),
+        ("cta", 1, False),
+        ("cta", 2, False),
+        ("cluster", 1, False),
+        ("cluster", 2, True),
+    ],
 )
 def test_atomics_may_meet_within_their_scope(scope: str, cluster: int, meet: bool) -> None:
     count = torch.zeros(1, dtype=torch.int32)

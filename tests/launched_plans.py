@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stubbed import (
+from stubbed import (  # ahead of lora_kernels: the GPU must be there first
     ARCH,
     Arena,
     K,

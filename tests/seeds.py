@@ -1,4 +1,4 @@
-"""Seeds of all 64 bits, for every backend on the PTX machine."""
+"""Seeds of 64 bits, on either side of the bus, for every backend on the PTX machine."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_kernels.dispatch import Backend
 from lora_kernels.testing import Case, bf16, check_backend
 
-VALUES = (3, 3 + 2**40, 2**63 - 1)
+VALUES = (3, 3 + 2**40, -1)
 
 
 class _OnDevice(Tensor):
@@ -30,7 +30,7 @@ def by_address(backend: Backend) -> Backend:
 
 
 def check_seeds(backend: Backend, adapter_dtype: torch.dtype) -> None:
-    """Assert that every bit of a seed counts, in either place: another mask is another result."""
+    """Assert that both words of a seed count, in either place: another mask is another result."""
     case = Case(72, 64, 136, 8, bf16, adapter_dtype, dropout_p=0.5)
     for value in VALUES:
         seed = torch.tensor([value])

@@ -20,7 +20,8 @@ from lora_kernels.testing import (
 def check_rounding(backend: Backend, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     """Assert that every result is its sum rounded to nearest, ties to even, bit for bit.
 
-    Of small integers every sum is exact; few of the sums are numbers of 16 bits.
+    Of small integers every sum is exact, and stays so in fp32; few of those of 16 bits need no
+    rounding, but P does not in fp16.
     """
     case = Case(70, 72, 264, 24, dtype, adapter_dtype, bias=True, scaling=1.0)
     generator = torch.Generator().manual_seed(0)
@@ -36,19 +37,19 @@ def check_rounding(backend: Backend, dtype: torch.dtype, adapter_dtype: torch.dt
     with poisoned_memory():
         results = run_backend(backend, case, inputs)
     x, weight, lora_a, lora_b, bias, dy = (t.to(fp64) for t in inputs[:6])
-    p, q = ((t @ u).to(adapter_dtype).to(fp64) for t, u in ((x, lora_a.t()), (dy, lora_b)))
+    exact_p = x @ lora_a.t()
+    p, q = (t.to(adapter_dtype).to(fp64) for t in (exact_p, dy @ lora_b))
     exact = {  # beside fp32 adapters 16 bits of P and Q are enough for y and dx
         "y": x @ weight.t() + p.to(dtype).to(fp64) @ lora_b.t() + bias,
-        "p": p,
+        "p": exact_p,
         "dx": dy @ weight + q.to(dtype).to(fp64) @ lora_a,
         "da": q.t() @ x,
         "db": dy.t() @ p,
     }
-    rounded = 0
     for name, got in results._asdict().items():
         assert torch.equal(got, exact[name].to(got.dtype)), f"{name} is rounded in another way"
-        rounded += int((got != exact[name]).sum())
-    assert rounded > 1000
+        is_rounded = bool((got != exact[name]).any())
+        assert is_rounded is (got.dtype.itemsize == 2 and (name, dtype) != ("p", fp16)), name
 
 
 def check_infinities(backend: Backend, dtype: torch.dtype) -> None:

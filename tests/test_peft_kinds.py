@@ -313,7 +313,9 @@ def test_a_few_rows_are_left_to_peft(kind: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_drawn_where_peft_draws_it(kind: str, layers: bool) -> None:
     """The Dropout modules alone may train (Monte Carlo dropout), or all but them."""
-    fused, plain = both(KINDS[kind], lora_dropout=0.5)
+    plain = KINDS[kind](lora_dropout=0.5)
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
     x = x_for(plain)
     for drops in (True, False):
         for model in (fused, plain):
@@ -323,8 +325,10 @@ def test_dropout_is_drawn_where_peft_draws_it(kind: str, layers: bool) -> None:
         expected = plain(x)
         drawn = not torch.equal(plain(x), expected)
         assert (not torch.equal(fused(x), fused(x))) is drawn
+        assert drawn or not (drops and layers)
         if not drawn:
             torch.testing.assert_close(fused(x), expected)
+    assert all(outcomes.keys() == {"fused"} for outcomes in report.calls().values())
 
 
 def test_kasa_waits_for_its_truncation() -> None:

@@ -39,12 +39,24 @@ CLUSTER = """
 """
 
 
-@pytest.mark.parametrize("order", [".release", ".relaxed"])
-def test_a_cluster_reaches_into_each_others_shared_memory(order: str) -> None:
+@pytest.mark.parametrize(
+    ("fence", "order", "told"),
+    [
+        ("", ".release", True),
+        ("", ".relaxed", False),
+        ("fence.acq_rel.cta;", ".relaxed", False),
+        ("fence.acquire.cluster;", ".relaxed", False),
+        ("fence.release.cluster;", ".relaxed", True),
+    ],
+)
+def test_a_cluster_reaches_into_each_others_shared_memory(
+    fence: str, order: str, told: bool
+) -> None:
     out = torch.zeros(2, dtype=torch.int32)
-    run = launch(CLUSTER.format(order=order), out, ctas=2, threads=1, cluster=2)
+    body = CLUSTER.replace("barrier.cluster.arrive", fence + "barrier.cluster.arrive", 1)
+    run = launch(body.format(order=order), out, ctas=2, threads=1, cluster=2)
     assert out.tolist() == [1, 0]
-    assert bool(run.reports) is (order == ".relaxed")
+    assert bool(run.reports) is not told
 
 
 INIT = """
@@ -102,6 +114,19 @@ again:
     """
     launch(body.format(state="%d1"), threads=1).check()
     assert "no state of an mbarrier" in launch(body.format(state="0"), threads=1).failure
+
+
+def test_who_meets_at_a_barrier_agrees_on_how_many_meet() -> None:
+    body = """
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, 128;
+    setp.lt.u32 %p0, %r0, 64;
+    @%p0 mov.u32 %r1, 64;
+    bar.sync 1, %r1;
+    """
+    failures = [launch(body, threads=128, seed=seed).failure for seed in range(8)]
+    assert all(failures)
+    assert any("another number of threads" in failure for failure in failures)
 
 
 REGISTERS = """

@@ -132,7 +132,6 @@ ANYWHERE = {
     "a store comes after its release",
     "a store is awaited after its release",
     "a release is relaxed",
-    "a release is for the own CTA",
     "a fence is for the own CTA",
     "an atomic is for the own CTA",
     "an acquire is relaxed",
@@ -168,7 +167,7 @@ def test_the_cuda_kernels_are_right_beside_fp32_adapters(case: Case) -> None:
 
 
 @pytest.mark.parametrize("adapters", [bf16, fp32], ids=str)
-def test_every_bit_of_a_seed_counts_in_cuda(adapters: torch.dtype) -> None:
+def test_both_words_of_a_seed_count_in_cuda(adapters: torch.dtype) -> None:
     check_seeds(cuda_backend.on(Machine(multiprocessors=6)), adapters)
 
 
@@ -313,7 +312,7 @@ def test_the_triton_kernels_are_right(arch: int, config: TileConfig | None, case
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_every_bit_of_a_seed_counts_in_triton(arch: int) -> None:
+def test_both_words_of_a_seed_count_in_triton(arch: int) -> None:
     check_seeds(on(arch, SMALL)(Machine(multiprocessors=6)), bf16)
 
 

@@ -36,7 +36,7 @@ def dora(layer: Any, name: str, now: bool) -> Adapter | str:
         return reason
     if now and pefts.ENABLE_DORA_CACHING and not vectors.training:
         return "PEFT keeps DoRA's norms between calls (DoraCaching)"
-    # Alone of all kinds it asks the layer, too, whether to drop.
+    # PEFT drops only while the layer trains, too; the other kinds ask their Dropout alone.
     scaling, dropout_p = found.scaling, found.dropout_p if layer.training else 0.0
 
     def compute(x: Tensor, weight: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:

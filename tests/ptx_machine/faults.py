@@ -270,8 +270,6 @@ FAULTS = (
     ),
     Fault("a fence is removed", removed(r"fence\.acq_rel\..*|membar\..*")),
     Fault("a fence is for the own CTA", _renamed(r"^fence\.acq_rel\.gpu", "fence.acq_rel.cta")),
-    Fault("a fence does not acquire", _renamed(r"^fence\.acq_rel\.gpu", "fence.release.gpu")),
-    Fault("a fence does not release", _renamed(r"^fence\.acq_rel\.gpu", "fence.acquire.gpu")),
     Fault("a proxy fence is removed", removed(r"fence\.proxy\..*")),
     Fault("a matrix is loaded or stored transposed", _toggled_transposition),
     Fault("A is read transposed", _swapped_major(0)),
@@ -320,14 +318,7 @@ FAULTS = (
     ),
     Fault("a group of cp.async is never closed", removed(r"cp\.async\.commit_group")),
     Fault("a flag is not waited for", _known_flag),
-    Fault(
-        "a release is for the own CTA",
-        _renamed(r"^((?:red|atom)\.global)\.gpu(?=\.(release|acq_rel))", r"\1.cta"),
-    ),
-    Fault(
-        "an atomic is for the own CTA",
-        _renamed(r"^((?:red|atom)\.(?:relaxed|global))\.gpu(?=\.(global|relaxed))", r"\1.cta"),
-    ),
+    Fault("an atomic is for the own CTA", _renamed(r"^((?:red|atom)\..*)\.gpu", r"\1.cta")),
     Fault("a barrier expects fewer threads", _fewer_threads),
 )
 # Faults in what is computed and where, of which every program has plenty of places.

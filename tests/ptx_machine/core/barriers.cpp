@@ -111,7 +111,7 @@ void cluster_arrive(Machine& m, Warp& w, const Instruction& i, Mask) {
     m.commit_known(w, w.known);
     cluster.coming.join(w.known);
   } else {  // it tells what fences have announced
-    if (w.announces) cluster.coming.join(w.announced[Scope::kCluster]);
+    cluster.coming.join(w.announced[Scope::kCluster]);
     cluster.coming.happened.raise(w.agent(kInit), w.inits_announced);
   }
   m.tick(w);

@@ -6,36 +6,18 @@ namespace ptx {
 void hear(Machine& m, Warp& warp, u64 address, Order order, Scope scope) {
   const auto found = m.published.find(address);
   if (found == m.published.end()) return;
-  for (const Published& said : found->second) {
-    const Scope needed = scope_of(said.cta, warp.cta->id, m.launch.cluster);
-    if (std::min(said.scope, scope) < needed) continue;
-    (acquires(order) ? warp.known : warp.heard[needed]).join(said.knowledge);
+  for (auto& [cta, told] : found->second) {
+    const Scope needed = scope_of(cta, warp.cta->id, m.launch.cluster);
+    if (scope >= needed) (acquires(order) ? warp.known : warp.heard[needed]).join(told[needed]);
   }
 }
-
-namespace {
-
-void add(std::vector<Published>& word, u32 cta, Scope scope, const Knowledge& knowledge) {
-  for (Published& said : word) {
-    if (said.cta == cta && said.scope == scope) {
-      said.knowledge.join(knowledge);
-      return;
-    }
-  }
-  word.push_back({cta, scope, knowledge});
-}
-
-}  // namespace
 
 void tell(Machine& m, Warp& warp, u64 address, Order order, Scope scope, bool adds) {
   auto& word = m.published[address];
   if (!adds) word.clear();
-  if (releases(order)) {
-    add(word, warp.cta->id, scope, warp.known);
-  } else if (warp.announces) {
-    for (const Scope s : kScopes) {
-      if (s <= scope) add(word, warp.cta->id, s, warp.announced[s]);
-    }
+  KnowledgeByScope& told = word[warp.cta->id];
+  for (const Scope s : kScopes) {
+    if (s <= scope) told[s].join(releases(order) ? warp.known : warp.announced[s]);
   }
 }
 
@@ -59,7 +41,6 @@ void fence(Machine& m, Warp& w, const Instruction& i, Mask) {
     for (const Scope s : kScopes) {
       if (s <= scope) w.announced[s] = w.known;
     }
-    w.announces = true;
   }
   m.tick(w);
 }
@@ -97,7 +78,8 @@ void decode_fence(Decoder& d) {
     d.made.run = init_fence;
   } else {
     const int kind = d.modifiers.take_any({"acq_rel", "sc", "acquire", "release"}, 0);
-    d.made.number = {static_cast<s64>(take_scope(d.modifiers, Scope::kGpu)), kind != 3, kind != 2};
+    const bool acquires = kind != 3, releases = kind != 2;
+    d.made.number = {static_cast<s64>(take_scope(d.modifiers, Scope::kGpu)), acquires, releases};
     d.made.run = fence;
   }
 }

@@ -10,7 +10,7 @@ Machine::Machine(const Program& program, const Launch& launch, std::vector<Alloc
       counts(program.code.size()),
       races(
           launch.grid[0] * launch.grid[1] * launch.grid[2] * ((launch.threads + 31) / 32) * kKinds,
-          (launch.threads + 31) / 32, std::max(launch.cluster, 1u)),
+          (launch.threads + 31) / 32, launch.cluster),
       memory_(std::move(memory)),
       parameter_bytes_(parameters.size() + 128),
       generator_(launch.seed) {

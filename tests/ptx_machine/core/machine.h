@@ -90,7 +90,8 @@ class Machine {
   MBarrier& mbarrier(Warp& warp, Cta& cta, u32 address);
   void complete_if_done(MBarrier& barrier);
   u32 new_agent();
-  std::unordered_map<u64, std::vector<struct Published>> published;  // by strong stores, per word
+  // What strong stores and atomics tell those who read a word: by which CTA, within which scope.
+  std::unordered_map<u64, std::map<u32, KnowledgeByScope>> published;
 
   // --- Asynchronous work ---
   void run_copy(Warp& warp, const Copy& copy);                 // cp_async.cpp
@@ -136,13 +137,6 @@ class Machine {
   int registers_ = 0;
   u64 now_ = 0, news_ = 1, last_progress_ = 0, last_rouse_ = ~u64{0};
   std::vector<Warp*> pollers_;
-};
-
-// What a strong store or atomic tells those who read it: by whom, to whom.
-struct Published {
-  u32 cta;
-  Scope scope;
-  Knowledge knowledge;
 };
 
 }  // namespace ptx

@@ -31,7 +31,7 @@ inline bool releases(Order order) {
 
 inline Scope take_scope(Modifiers& modifiers, Scope otherwise) {
   const int found = modifiers.take_any({"cta", "cluster", "gpu", "sys"}, -1);
-  return found < 0 ? otherwise : kScopes[std::min(found, 2)];
+  return found < 0 ? otherwise : kScopes[std::min(found, 2)];  // the system is this GPU
 }
 
 inline Order take_order(Modifiers& modifiers, Order otherwise) {

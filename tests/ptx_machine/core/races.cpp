@@ -22,7 +22,7 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
       const bool same = record.agent == access.agent && record.write == access.write &&
                         record.strength == access.strength && record.scope == access.scope;
       if (record.write || access.write) {
-        const bool exempt = both_strong(record, access);
+        const bool exempt = morally_strong(record, access);
         const char* wrong = clash(record, access, space, known);
         if (wrong != nullptr && found.size() < 100) {
           found.insert(std::string(wrong) + " in " + (space == kShared ? "shared" : "global") +
@@ -34,7 +34,10 @@ void Races::touch(Cell& cell, u16 bytes, Space space, const Access& access,
         const bool both_atomic =
             record.strength == Strength::kAtomic && access.strength == Strength::kAtomic;
         const bool beside = exempt && known.happened[record.agent] < record.time && !both_atomic;
-        if (access.write && !beside) record.bytes &= static_cast<u16>(~bytes);
+        // Nor does a write hide what may meet fewer than it may itself.
+        const bool meets_more = access.strength != Strength::kWeak &&
+                                (record.strength == Strength::kWeak || record.scope < access.scope);
+        if (access.write && !beside && !meets_more) record.bytes &= static_cast<u16>(~bytes);
       } else if (same) {
         if ((record.bytes & ~bytes) == 0) {
           record.bytes = 0;
@@ -58,13 +61,13 @@ const char* Races::clash(const Record& record, const Access& access, Space space
   const bool in_order = same_warp && is_generic(record.agent) && is_generic(access.agent);
   if (!in_order && known.happened[record.agent] < record.time) {
     // A store may lose a count that it does not come after; other strong accesses may meet, within
-    // a proxy.
+    // a proxy and the scope of both.
     const bool lost_count = (record.strength == Strength::kAtomic &&
                              access.strength == Strength::kStrong && access.write) ||
                             (access.strength == Strength::kAtomic &&
                              record.strength == Strength::kStrong && record.write);
     const bool same_proxy = is_async(record.agent) == access.async;
-    if (both_strong(record, access) && same_proxy && !lost_count) return nullptr;
+    if (morally_strong(record, access) && same_proxy && !lost_count) return nullptr;
     if (access.rewrites && is_generic(record.agent)) return nullptr;
     return "race";
   }

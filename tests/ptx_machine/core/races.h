@@ -59,7 +59,7 @@ class Races {
                     const Knowledge& known) const;
   u32 warp(u32 agent) const { return agent / kKinds; }
   u32 cta(u32 agent) const { return warp(agent) / warps_per_cta_; }
-  bool both_strong(const Record& record, const Access& access) const {
+  bool morally_strong(const Record& record, const Access& access) const {
     return record.strength != Strength::kWeak && access.strength != Strength::kWeak &&
            scope_of(cta(record.agent), cta(access.agent), cluster_) <=
                std::min(record.scope, access.scope);

@@ -76,10 +76,9 @@ struct Warp {
 
   u32 time = 1;
   Knowledge known;
-  KnowledgeByScope announced;  // by fences: what a relaxed store or atomic tells others
-  KnowledgeByScope heard;      // of relaxed loads: known after the next fence as wide as that
-  bool announces = false;
-  u32 inits_announced = 0;  // the time of the last fence.mbarrier_init
+  KnowledgeByScope announced;  // by releasing fences: what a relaxed store or atomic tells others
+  KnowledgeByScope heard;      // of relaxed loads: known after an acquiring fence as wide as that
+  u32 inits_announced = 0;     // the time of the last fence.mbarrier_init
 
   std::deque<Copy> copies;
   u32 copy_groups = 0;
